@@ -1,0 +1,105 @@
+# The commands of this repository; `make help` lists them. Everything they install goes into .venv and build/.
+#
+#   TORCH    what `pip install` is told to get torch:  make test TORCH="torch==2.14.1"
+#   TORCHES  the releases that `make test-torches` runs one wheel under
+#   ARGS     further arguments of the script or of pytest:  make test ARGS="-k checkpoint"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCHES ?= 2.13.0 2.14.1
+WORKERS ?= 2
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+# Benchmarks say nothing while two workers share the machine.
+PYTEST := -m pytest -n $(WORKERS) --dist loadgroup --benchmark-disable
+CPP_FILES = $(shell find csrc bench tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench-cpu wheel test-torches clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.extra-demo ## train with and without Lookahead and compare (QUICK=1: a short run)
+	$(PY) bench/demo.py $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+
+test: $(VENV)/.extra-test ## the whole test suite
+	LOOKAHEAD_FUSED_EXPECTED_IN=$(CURDIR) $(PY) $(PYTEST) $(ARGS)
+
+lint: $(VENV)/.extra-lint ## ruff, mypy and clang-format, changing nothing
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy lookahead_fused
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP_FILES)
+
+format: $(VENV)/.extra-lint ## rewrite the sources as `make lint` wants them
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+bench-cpu: $(VENV)/.built ## step times against torch's optimizers on this CPU
+	$(PY) bench/cpu.py $(ARGS)
+
+wheel: $(VENV)/.tools ## a wheel in dist/
+	$(PIP) wheel --no-deps --wheel-dir dist .
+
+# PYTHONSAFEPATH keeps the source tree off sys.path; the suite checks that it runs the package it is told to expect.
+test-torches: $(VENV)/.tools ## the whole suite against one wheel under each release in TORCHES
+	rm -rf build/torches
+	$(PIP) wheel --no-deps --wheel-dir build/torches .
+	@set -e; for release in $(TORCHES); do \
+	  venv=$(CURDIR)/build/torches/$$release; \
+	  echo "== $$(basename build/torches/*.whl) under torch $$release"; \
+	  $(PYTHON) -m venv $$venv; \
+	  $$venv/bin/python -m pip --disable-pip-version-check install --quiet "torch==$$release" \
+	    "$$(echo $(CURDIR)/build/torches/*.whl)[test]"; \
+	  (cd $$venv && PYTHONSAFEPATH=1 LOOKAHEAD_FUSED_EXPECTED_IN=$$venv bin/python $(PYTEST) \
+	    --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml $(ARGS) $(CURDIR)/tests); \
+	  rm -rf $$venv; \
+	done
+
+clean: ## remove everything the other commands made
+	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis
+	rm -f lookahead_fused/*.so lookahead_fused/_build_info.json
+	find . -type d \( -name __pycache__ -o -name '.*_cache' \) -prune -exec rm -rf {} +
+
+# ---- the environment: each file in .venv marks a stage that is up to date --------------------------------------
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "Python 3.10 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "python3 -m venv does not work here; install it (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# A stage whose file does not hold the present settings is done again.
+ifneq ($(shell cat $(VENV)/.torch 2>/dev/null),$(TORCH))
+.PHONY: $(VENV)/.torch
+endif
+$(VENV)/.torch: $(VENV)/.python
+	$(PIP) install $(TORCH)
+	@echo '$(TORCH)' > $@
+
+$(VENV)/.tools: $(VENV)/.python pyproject.toml
+	$(PIP) install --quiet build
+	$(PY) -c 'import build; print(*build.ProjectBuilder(".").build_system_requires, sep="\n")' > $@.txt
+	$(PIP) install --quiet -r $@.txt
+	@touch $@
+
+# find lists the directories too, so that a file added or removed counts as a change.
+COMPILED_WITH := $(shell echo $$(command -v c++ g++ clang++) "$$CXX" "$$CXXFLAGS" "$$LDFLAGS" "$$LOOKAHEAD_FUSED_CPU")
+ifneq ($(shell cat $(VENV)/.built 2>/dev/null),$(COMPILED_WITH))
+.PHONY: $(VENV)/.built
+endif
+$(VENV)/.built: $(VENV)/.torch $(VENV)/.tools setup.py pyproject.toml $(shell find csrc 2>/dev/null)
+	$(PIP) install --no-build-isolation --editable .
+	@$(PY) -c 'import json; modules = json.load(open("lookahead_fused/_build_info.json"))["modules"].items(); \
+	  print(*(name + ": " + (record["reason"] or "built") for name, record in modules), sep="\n")'
+	@echo '$(COMPILED_WITH)' > $@
+
+$(VENV)/.extra-%: $(VENV)/.built pyproject.toml
+	$(PIP) install --quiet --no-build-isolation --editable ".[$*]"
+	@touch $@

@@ -1,0 +1,151 @@
+"""Train a small GPT and a small convolutional network with Lookahead fused, with Lookahead unfused, and without.
+
+    python bench/demo.py [--quick] [--out FOLDER] [--backend NAME]
+
+Prints what each optimizer reached, took and kept in memory, and writes demo.png and demo.json. Ends with status 1
+if the fused and the unfused run differ by more than rounding (demo_check.py), 0 else. No network is needed: the text is
+the standard library's source, the images are scikit-learn's digits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+# Before torch is imported: its profiler, which only counts allocations here, is chatty on stderr.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+try:
+    import demo_report
+    import sklearn  # noqa: F401  here and not minutes later
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+except ModuleNotFoundError as error:
+    sys.exit(f"the demo needs {error.name}: pip install '.[demo]', or run it by `make demo`")
+
+import demo_data
+import measure
+from demo_check import departures
+from demo_models import GPT, ConvNet
+from demo_train import FUSED, PLAIN, SEED, UNFUSED, Task, TaskResult, run_task
+
+import lookahead_fused
+
+CONTEXT = 64
+OUT = Path(__file__).resolve().parents[1] / "build" / "demo"
+
+
+def tasks(quick: bool) -> list[Task]:
+    """The two tasks; ``quick`` shortens the training and nothing else, so that times stay comparable."""
+    return [
+        Task(
+            key="gpt",
+            title="GPT over the bytes of Python's standard library",
+            model=partial(GPT, width=256, layers=6, heads=8, context=CONTEXT),
+            data=partial(demo_data.stdlib_text, context=CONTEXT, batch=8, seed=SEED, held_out_batches=8),
+            steps=54 if quick else 249,
+            lr=1e-3,
+            weight_decay=0.1,
+        ),
+        Task(
+            key="digits",
+            title="Convolutional network on handwritten digits",
+            model=ConvNet,
+            data=partial(demo_data.digits, batch=64, seed=SEED),
+            steps=109 if quick else 329,
+            lr=2e-3,
+            weight_decay=0.01,
+            classifies=True,
+        ),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="shorter training, under a minute")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for picture and figures (%(default)s)")
+    parser.add_argument("--backend", default="auto", help="of our optimizer (%(default)s)")
+    options = parser.parse_args(arguments)
+    return run(tasks(options.quick), options.out, options.backend)
+
+
+def run(chosen: Sequence[Task], out: Path, backend: str) -> int:
+    """Train the tasks, show and write the results.
+
+    Args:
+        chosen: the tasks.
+        out: folder for the picture and the figures, made if it is not there.
+        backend: of our optimizer.
+
+    Returns:
+        The exit status: 1 if a fused run differs from its unfused one by more than rounding.
+    """
+    begin = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    # Where nobody watches, a log: 80 columns would break its tables.
+    console = Console() if sys.stdout.isatty() else Console(width=118)
+    where = measure.conditions()
+    used = backend_in_use(backend)
+    described = f"{measure.describe(where)}\nlookahead_fused {lookahead_fused.__version__}, backend {used}"
+
+    results = train(chosen, backend, console)
+    demo_report.print_tables(results, described, console)
+    picture, figures = out / "demo.png", out / "demo.json"
+    demo_report.draw(results, described, picture)
+    versions = {"lookahead_fused": lookahead_fused.__version__, "backend": used}
+    demo_report.save_json(results, {**asdict(where), **versions}, figures)
+    console.print(f"\nPicture: {picture}\nFigures: {figures}", highlight=False, soft_wrap=True)
+    console.print(f"{time.perf_counter() - begin:.0f} s in all", highlight=False)
+
+    differing = [
+        f"{result.task.title}: {line}" for result in results for line in departures(result.deviations)
+    ]
+    for line in differing:
+        print(f"error: the fused and the unfused optimizer do not coincide. {line}", file=sys.stderr)
+    return 1 if differing else 0
+
+
+def train(chosen: Sequence[Task], backend: str, console: Console) -> list[TaskResult]:
+    """Train the tasks one after the other, each under a progress bar that shows the three losses."""
+    results = []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+    )
+    with Progress(*columns, console=console, refresh_per_second=2) as progress:
+        for task in chosen:
+            bar = progress.add_task(task.key, total=task.steps, loss="")
+
+            def show(step: int, losses: dict[str, float], bar: object = bar) -> None:
+                shown = ", ".join(
+                    f"{word} {losses[name]:.3f}"
+                    for word, name in (("fused", FUSED), ("unfused", UNFUSED), ("plain", PLAIN))
+                )
+                progress.update(bar, completed=step, loss=shown)  # type: ignore[arg-type]
+
+            results.append(run_task(task, backend=backend, progress=show))
+    return results
+
+
+def backend_in_use(backend: str) -> str:
+    """The backend that serves parameters on the CPU, and if it is not the fastest, why."""
+    if backend != "auto":
+        return backend
+    native = lookahead_fused.backends()["cpu"]
+    return "cpu (auto)" if native.available else f"reference (auto; cpu: {native.reason})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,238 @@
+"""What the demo shows for its result: tables in the terminal, one picture, and all figures as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+from demo_check import EARLY_STEPS, LOSS, WEIGHTS, departures
+from demo_train import ALPHA, FUSED, LAST_STEPS, PLAIN, UNFUSED, K, RunResult, Score, TaskResult
+from matplotlib.axes import Axes
+from measure import Spread
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+# Colours that stay apart for colour-blind readers and in grey.
+COLOURS = {FUSED: "#20639b", UNFUSED: "#f2a541", PLAIN: "#8a8a8a"}
+INK = "#1a1a1a"
+SMOOTHED = 10
+
+NOTES = f"""\
+Train loss: mean of the last {LAST_STEPS} steps. Slow: held out, with the slow weights.
+Step: optimizer.step() alone, median over windows of {K} steps (so each holds a sync); share: of a whole training step.
+State: all tensors kept between steps. Growth: resident memory at its highest in {K} steps over what it was before
+(VmHWM, reset by /proc/self/clear_refs, after malloc_trim; pages, so some ten kB of noise).
+Allocated: what torch's allocator hands out in these {K} steps, to the byte."""
+
+
+def print_tables(results: Sequence[TaskResult], conditions: str, console: Console) -> None:
+    """The tables of all tasks, under the conditions of the run."""
+    console.print()
+    console.print(escape(conditions), highlight=False)
+    for result in results:
+        console.print()
+        console.print(_table(result))
+        for name, speedup in result.speedup.items():
+            console.print(
+                f"  optimizer.step(), ours against '{name}': {speedup.median:.2f} times as fast "
+                f"(quartiles {speedup.q1:.2f} .. {speedup.q3:.2f})",
+                highlight=False,
+            )
+        console.print(f"  {escape(verdict(result))}", highlight=False)
+    console.print()
+    console.print(NOTES, style="dim", highlight=False)
+
+
+def verdict(result: TaskResult) -> str:
+    """One line: whether the fused and the unfused run coincide, and how closely."""
+    deviations = result.deviations
+    closeness = (
+        f"loss within {max(deviations.loss):.1e} (allowed {LOSS.early:.0e} in the first {EARLY_STEPS} steps, then "
+        f"{LOSS.whole:.0e}), weights within {max(deviations.weights):.1e} ({WEIGHTS.early:.0e}, {WEIGHTS.whole:.0e})"
+    )
+    return f"fused and unfused {'DIFFER' if departures(deviations) else 'coincide'}: {closeness}"
+
+
+def save_json(results: Sequence[TaskResult], conditions: dict[str, Any], target: Path) -> None:
+    """Every figure of the run, the losses and times of single steps among them."""
+    tasks = {
+        result.task.key: {
+            "title": result.task.title,
+            "data": result.source,
+            "parameters": result.parameters,
+            "tensors": result.tensors,
+            "steps": result.task.steps,
+            "lr": result.task.lr,
+            "weight_decay": result.task.weight_decay,
+            "k": K,
+            "alpha": ALPHA,
+            "speedup": {name: asdict(spread) for name, spread in result.speedup.items()},
+            "deviations": asdict(result.deviations),
+            "departures": departures(result.deviations),
+            "runs": {name: asdict(run) for name, run in result.runs.items()},
+        }
+        for result in results
+    }
+    content = {
+        "conditions": conditions,
+        "tolerances": {"early_steps": EARLY_STEPS, "loss": asdict(LOSS), "weights": asdict(WEIGHTS)},
+        "tasks": tasks,
+    }
+    target.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def draw(results: Sequence[TaskResult], conditions: str, target: Path) -> None:
+    """The picture: a row for each task, with loss curves, deviation of fused from unfused, and optimizer time."""
+    figure, rows = plt.subplots(
+        len(results),
+        3,
+        figsize=(15, 4.3 * len(results) + 1.1),
+        dpi=110,
+        squeeze=False,
+        gridspec_kw={"width_ratios": (1.5, 1.0, 0.9)},
+        layout="constrained",
+    )
+    for result, (curves, deviation, times) in zip(results, rows, strict=True):
+        _draw_curves(result, curves)
+        _draw_deviation(result, deviation)
+        _draw_times(result.runs, times)
+        for axes in (curves, deviation, times):
+            axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"Lookahead (k = {K}, α = {ALPHA}) over AdamW: fused in one pass, unfused, and none",
+        fontsize=14,
+        color=INK,
+    )
+    figure.supxlabel(conditions, fontsize=8.5, color="#555555")
+    figure.savefig(target)
+    plt.close(figure)
+
+
+def _table(result: TaskResult) -> Table:
+    classifies = result.task.classifies
+    title = (
+        f"{result.task.title}: {result.parameters / 1e6:.2f} M parameters in {result.tensors} tensors, "
+        f"{result.task.steps} steps\n{result.source}"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    headings = ["train\nloss", "held out", "slow"]
+    headings += ["accuracy", "slow"] if classifies else []
+    headings += ["step\nms", "share\n%", "state\nMB", "growth\nMB", "allocated\nMB"]
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for name, run in result.runs.items():
+        scores = [run.held_out, run.held_out_slow]
+        cells = [
+            f"{run.train_loss:.4f}",
+            *("–" if score is None else f"{score.loss:.4f}" for score in scores),
+        ]
+        cells += [_percent(score) for score in scores] if classifies else []
+        cells += [
+            f"{run.step.median * 1e3:.3f}",
+            f"{run.share * 100:.1f}",
+            f"{run.state_bytes / 1e6:.2f}",
+            "not seen" if run.growth is None else f"{run.growth / 1e6:.2f}",
+            f"{run.allocated / 1e6:.3f}",
+        ]
+        table.add_row(name, *cells, style="bold" if name == FUSED else "")
+    return table
+
+
+def _percent(score: Score | None) -> str:
+    return "–" if score is None else f"{score.accuracy * 100:.1f} %"
+
+
+def _draw_curves(result: TaskResult, axes: Axes) -> None:
+    for name, style in ((PLAIN, _line(1.6)), (UNFUSED, _line(4.5)), (FUSED, _line(1.6))):
+        run = result.runs[name]
+        score = run.held_out if run.held_out_slow is None else run.held_out_slow
+        which = "" if run.held_out_slow is None else ", slow weights"
+        label = f"{name} (held out{which}: {score.loss:.3f})"
+        smooth = _smooth(run.losses)
+        steps = range(SMOOTHED, SMOOTHED + len(smooth))
+        axes.plot(steps, smooth, color=COLOURS[name], label=label, **style)
+    axes.set_title(
+        f"{result.task.title}, {result.parameters / 1e6:.2f} M parameters", loc="left", fontsize=11
+    )
+    axes.set_ylabel(f"training loss, mean of {SMOOTHED} steps")
+    axes.set_xlabel("step")
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=9)
+
+
+def _line(width: float) -> dict[str, Any]:
+    return {"linewidth": width, "solid_capstyle": "round"}
+
+
+def _smooth(losses: Sequence[float]) -> list[float]:
+    return [sum(losses[end - SMOOTHED : end]) / SMOOTHED for end in range(SMOOTHED, len(losses) + 1)]
+
+
+def _draw_deviation(result: TaskResult, axes: Axes) -> None:
+    loss, weights = result.deviations.loss, result.deviations.weights
+    steps = len(loss)
+    loss_colour, weights_colour = COLOURS[FUSED], "#a23b72"
+    # Equal losses have no place on a logarithmic scale; they are drawn at its foot.
+    floor = 1e-8
+    axes.plot(
+        range(1, steps + 1),
+        [max(value, floor) for value in loss],
+        ".",
+        markersize=4,
+        color=loss_colour,
+        label="training loss",
+    )
+    places = range(K, K * len(weights) + 1, K)
+    axes.plot(
+        places, [max(value, floor) for value in weights], color=weights_colour, label="weights (relative)"
+    )
+    for tolerance, colour in ((LOSS, loss_colour), (WEIGHTS, weights_colour)):
+        axes.plot(
+            [1, EARLY_STEPS, EARLY_STEPS, max(steps, EARLY_STEPS)],
+            [tolerance.early, tolerance.early, tolerance.whole, tolerance.whole],
+            linestyle="--",
+            linewidth=1.1,
+            color=colour,
+        )
+    axes.set_yscale("log")
+    axes.set_title("fused − unfused: rounding only", loc="left", fontsize=11)
+    axes.set_ylabel("deviation (dashed: allowed)")
+    axes.set_xlabel("step")
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+
+
+def _draw_times(runs: dict[str, RunResult], axes: Axes) -> None:
+    names = list(runs)
+    spreads: list[Spread] = [runs[name].step for name in names]
+    medians = [spread.median * 1e3 for spread in spreads]
+    errors = [
+        [(spread.median - spread.q1) * 1e3 for spread in spreads],
+        [(spread.q3 - spread.median) * 1e3 for spread in spreads],
+    ]
+    places = range(len(names))
+    axes.bar(
+        places,
+        medians,
+        yerr=errors,
+        width=0.62,
+        color=[COLOURS[name] for name in names],
+        error_kw={"ecolor": INK, "elinewidth": 1.1, "capsize": 4},
+    )
+    top = max(spread.q3 for spread in spreads) * 1e3
+    for place, median, spread in zip(places, medians, spreads, strict=True):
+        axes.text(place, spread.q3 * 1e3 + 0.02 * top, f"{median:.2f}", ha="center", va="bottom", color=INK)
+    axes.set_xticks(list(places), [name.replace(", ", ",\n") for name in names], fontsize=9)
+    axes.set_ylim(0, 1.15 * top)
+    axes.set_title("optimizer.step(), ms (median, quartiles)", loc="left", fontsize=11)

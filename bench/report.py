@@ -1,0 +1,110 @@
+"""What a benchmark found, for people and for JSON: figures with spread, target and whether they meet it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from measure import Samples, Spread, spread
+
+LABEL_WIDTH = 72
+# Others' share of the cores up to which ratios of identical sides stayed within a percent of 1.
+QUIET = 0.05
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of a report.
+
+    Attributes:
+        label: what is measured.
+        value: in ``unit``.
+        unit: "x", "%", "µs" and the like.
+        target: what it must reach; None for a figure that only informs.
+        at_least: whether more is better.
+    """
+
+    label: str
+    value: Spread
+    unit: str
+    target: float | None = None
+    at_least: bool = True
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is met; None without one."""
+        if self.target is None:
+            return None
+        return self.value.median >= self.target if self.at_least else self.value.median <= self.target
+
+    def __str__(self) -> str:
+        value = f"{_number(self.value.median)} {self.unit}"
+        quartiles = (
+            f"[{_number(self.value.q1)} .. {_number(self.value.q3)}]" if self.value.samples > 1 else ""
+        )
+        medians = "" if self.value.of_medians is None else f"of medians {_number(self.value.of_medians)}"
+        line = f"  {self.label:<{LABEL_WIDTH}}{value:>12}  {quartiles:<20}{medians:<18}"
+        if self.target is not None:
+            bound = f"{'>=' if self.at_least else '<='} {self.target:g} {self.unit}"
+            line += f"target {bound:<11} {'pass' if self.met else 'MISS'}"
+        return line.rstrip()
+
+
+@dataclass
+class Report:
+    """What one benchmark found.
+
+    Attributes:
+        title: what was measured.
+        how: the schedule and other conditions of its own.
+        figures: the results.
+        samples: the seconds a step behind them, per side and round.
+        others: the part of the machine's cores that other processes had meanwhile; nan where it is not known.
+    """
+
+    title: str
+    how: str
+    figures: list[Figure]
+    samples: Samples = field(default_factory=dict)
+    others: float = float("nan")
+
+    def __str__(self) -> str:
+        busy = f"  other processes had {self.others:.1%} of the cores"
+        lines = [
+            self.title,
+            f"  {self.how}",
+            busy + (": TOO BUSY to be believed" if self.others > QUIET else ""),
+        ]
+        for name, seconds in self.samples.items():
+            step = scaled(spread(seconds), 1e3)
+            lines.append(f"  {name:<{LABEL_WIDTH}}{step.median:>9.3f} ms  [{step.q1:.3f} .. {step.q3:.3f}]")
+        return "\n".join(lines + [str(figure) for figure in self.figures])
+
+    def record(self) -> dict[str, Any]:
+        """The report as JSON can hold it."""
+        return {
+            "title": self.title,
+            "how": self.how,
+            "others": None if math.isnan(self.others) else round(self.others, 4),
+            "figures": [{**asdict(figure), "met": figure.met} for figure in self.figures],
+            "median_seconds": {name: statistics.median(seconds) for name, seconds in self.samples.items()},
+            "seconds": {name: [float(f"{s:.6g}") for s in all_] for name, all_ in self.samples.items()},
+        }
+
+
+def scaled(value: Spread, factor: float) -> Spread:
+    """The same spread in another unit."""
+    of_medians = None if value.of_medians is None else value.of_medians * factor
+    return replace(
+        value,
+        median=value.median * factor,
+        q1=value.q1 * factor,
+        q3=value.q3 * factor,
+        of_medians=of_medians,
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"

@@ -1,0 +1,28 @@
+// What an instruction set's translation unit gives out: for a rule and a dtype pattern, the two functions of a step.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../table/table.h"
+
+namespace lookahead_fused {
+
+struct Kernel {
+    // Advances every row's step counter, writes the coefficients of the rows' updates into steps (row_count times
+    // step_bytes at most) and which of them is each row's into step_of_row.
+    void (*rows)(const Table& table, const StepArguments& arguments, void* steps, int32_t* step_of_row);
+    // Updates the elements of chunks [begin, end).
+    void (*chunks)(const Table& table, const void* steps, const int32_t* step_of_row, int64_t begin, int64_t end);
+    size_t step_bytes;
+};
+
+using FindKernel = const Kernel* (*)(const char* rule, Dtype param, Dtype grad);
+
+const Kernel* find_baseline(const char* rule, Dtype param, Dtype grad);
+#if LOOKAHEAD_FUSED_X86
+const Kernel* find_avx2(const char* rule, Dtype param, Dtype grad);
+const Kernel* find_avx512(const char* rule, Dtype param, Dtype grad);
+#endif
+
+}  // namespace lookahead_fused

@@ -1,0 +1,7 @@
+#define LF_ISA avx2
+#define LF_REGISTER_BYTES 32
+#include "walk.h"
+
+namespace lookahead_fused {
+const Kernel* find_avx2(const char* rule, Dtype param, Dtype grad) { return avx2::find(rule, param, grad); }
+}  // namespace lookahead_fused

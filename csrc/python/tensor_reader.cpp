@@ -1,0 +1,146 @@
+#include "tensor_reader.h"
+
+#include <cstring>
+
+namespace lookahead_fused {
+
+int64_t Description::numel() const {
+    int64_t count = 1;
+    for (int32_t i = 0; i < ndim; ++i) count *= shape[i];
+    return count;
+}
+
+bool Description::same_device(const Description& other) const {
+    return device.type == other.device.type && device.id == other.device.id;
+}
+
+bool Description::same_layout(const Description& other) const {
+    if (ndim != other.ndim) return false;
+    for (int32_t i = 0; i < ndim; ++i) {
+        if (shape[i] != other.shape[i]) return false;
+        if (strides[i] != other.strides[i] && shape[i] > 1) return false;
+    }
+    return true;
+}
+
+namespace {
+
+struct NamedDtype {
+    const char* name;
+    Dtype dtype;
+    dlpack::DataType dlpack;
+};
+
+constexpr NamedDtype DTYPES[] = {
+    {"float32", Dtype::FLOAT32, {dlpack::FLOAT, 32, 1}},
+    {"float64", Dtype::FLOAT64, {dlpack::FLOAT, 64, 1}},
+    {"bfloat16", Dtype::BFLOAT16, {dlpack::BFLOAT, 16, 1}},
+    {"float16", Dtype::FLOAT16, {dlpack::FLOAT, 16, 1}},
+};
+
+std::vector<int64_t> integers(py::handle sequence) {
+    std::vector<int64_t> values;
+    for (const py::handle item : sequence) values.push_back(item.cast<int64_t>());
+    return values;
+}
+
+}  // namespace
+
+Dtype dtype_named(const std::string& name) {
+    for (const auto& entry : DTYPES) {
+        if (name == entry.name) return entry.dtype;
+    }
+    throw py::value_error("no backend computes in dtype '" + name + "'");
+}
+
+dlpack::DataType dlpack_dtype(Dtype dtype) {
+    for (const auto& entry : DTYPES) {
+        if (dtype == entry.dtype) return entry.dlpack;
+    }
+    throw py::value_error("unknown dtype number " + std::to_string(static_cast<int>(dtype)));
+}
+
+TensorReader::TensorReader(py::handle tensor_type, bool use_exchange_api) {
+    if (!PyType_Check(tensor_type.ptr())) throw py::type_error("tensor_type must be torch.Tensor");
+    tensor_type_ = reinterpret_cast<PyTypeObject*>(tensor_type.ptr());
+
+    if (use_exchange_api && py::hasattr(tensor_type, "__dlpack_c_exchange_api__")) {
+        const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
+        void* pointer = PyCapsule_GetPointer(capsule.ptr(), dlpack::CAPSULE_NAME);
+        if (pointer == nullptr) throw py::error_already_set();
+        const auto* api = static_cast<const dlpack::ExchangeApi*>(pointer);
+        // A later major version may have moved what is read here; the older tables hang behind it.
+        while (api != nullptr && api->version.major != 1) api = api->previous;
+        if (api != nullptr && api->describe != nullptr) api_ = api;
+    }
+
+    // The descriptor's own function: a look-up along the classes of each parameter costs as much as the call.
+    const py::object descriptor = tensor_type.attr("grad");
+    if (!Py_IS_TYPE(descriptor.ptr(), &PyGetSetDescr_Type)) {
+        throw py::type_error("torch.Tensor.grad is not a getset descriptor in this torch");
+    }
+    const auto* getset = reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr())->d_getset;
+    gradient_ = getset->get;
+    gradient_closure_ = getset->closure;
+
+    const py::object method = tensor_type.attr("is_neg");
+    if (!Py_IS_TYPE(method.ptr(), &PyMethodDescr_Type)) {
+        throw py::type_error("torch.Tensor.is_neg is not a method descriptor in this torch");
+    }
+    const auto* definition = reinterpret_cast<PyMethodDescrObject*>(method.ptr())->d_method;
+    if (definition->ml_flags != METH_NOARGS) throw py::type_error("torch.Tensor.is_neg takes arguments in this torch");
+    is_negated_ = definition->ml_meth;
+}
+
+bool TensorReader::describe(PyObject* tensor, Description& out) {
+    if (api_ == nullptr) return describe_by_attributes(tensor, out);
+    dlpack::Tensor described;
+    if (api_->describe(tensor, &described) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    out.data = static_cast<char*>(described.data) + described.byte_offset;
+    out.device = described.device;
+    out.dtype = described.dtype;
+    out.ndim = described.ndim;
+    out.shape = described.shape;
+    out.strides = described.strides;
+    return true;
+}
+
+PyObject* TensorReader::gradient(PyObject* tensor) const {
+    PyObject* gradient = gradient_(tensor, gradient_closure_);
+    if (gradient == nullptr) throw py::error_already_set();
+    return gradient;
+}
+
+bool TensorReader::is_negated(PyObject* tensor) const {
+    PyObject* answer = is_negated_(tensor, nullptr);
+    if (answer == nullptr) throw py::error_already_set();
+    Py_DECREF(answer);
+    return answer == Py_True;
+}
+
+bool TensorReader::describe_by_attributes(PyObject* object, Description& out) {
+    const py::handle tensor(object);
+    if (py::str(tensor.attr("layout")).cast<std::string>() != "torch.strided") return false;
+    const std::string dtype = py::str(tensor.attr("dtype")).cast<std::string>();
+    out.dtype = {};
+    for (const auto& entry : DTYPES) {
+        if (dtype == std::string("torch.") + entry.name) out.dtype = entry.dlpack;
+    }
+    out.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+    const std::string type = tensor.attr("device").attr("type").cast<std::string>();
+    const py::object index = tensor.attr("device").attr("index");
+    // DLPack's numbers; what a device of another type is called does not matter as long as it is not one of these.
+    out.device.type = type == "cpu" ? 1 : type == "cuda" ? 2 : 12;
+    out.device.id = index.is_none() ? 0 : index.cast<int32_t>();
+    shape_ = integers(tensor.attr("shape"));
+    strides_ = integers(tensor.attr("stride")());
+    out.ndim = static_cast<int32_t>(shape_.size());
+    out.shape = shape_.data();
+    out.strides = strides_.data();
+    return true;
+}
+
+}  // namespace lookahead_fused

@@ -1,0 +1,33 @@
+// What a rule is told besides its hyperparameters, and the part of the gradient's treatment all rules share.
+//
+// A rule is a struct of static members:
+//   name
+//   reads_gradient          false where the inner step is done elsewhere
+//   Hyper, hyper_names      its hyperparameters, in the order in which Python writes them into a Group
+//   Moment, moment_names    its state, in the order of a Row's moment columns; number 0 is the first moment, the one
+//                           that pullback and reset act on
+//   moments(hyper)          bit i set: moment i is in use under these hyperparameters
+//   Coefficients<T>         what one element's update needs, rounded to the compute type
+//   prepare<T>(hyper, at)   the fp64 part of a step, done once for a parameter
+//   update(c, p, g, moment) the step of one element, all values in registers
+#pragma once
+
+#include "numeric.h"
+
+namespace lookahead_fused {
+inline namespace LF_ISA {
+
+struct StepInputs {
+    int64_t step;        // applied updates of this parameter, this one counted
+    double lr;           // the group's learning rate, read from its tensor where it is one
+    double grad_scale;   // what an AMP loss scaler multiplied the gradients by; 1 without one
+    int32_t first;       // this is the parameter's first update, and its moments were not loaded
+};
+
+LF_HD double gradient_factor(bool maximize, const StepInputs& at) {
+    const double unscale = 1.0 / at.grad_scale;
+    return maximize ? -unscale : unscale;
+}
+
+}  // namespace LF_ISA
+}  // namespace lookahead_fused

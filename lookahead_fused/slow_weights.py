@@ -1,0 +1,115 @@
+"""Working with the slow weights: evaluate or save on them, and interpolate outside the rhythm of k."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .backends import reference
+from .table import Table
+from .tensors import local_tensor
+
+
+class SlowWeights(Optimizer):
+    """The part of the public face that all Lookahead optimizers share."""
+
+    _table: Table
+    # How many slow_weights() blocks are open, and in the outermost what to undo at its end.
+    _depth: int = 0
+    _fast: list[tuple[Tensor, Tensor, bool]]
+
+    @contextmanager
+    def slow_weights(self) -> Iterator[None]:
+        """Puts the slow weights into the parameters for the length of a ``with`` block.
+
+        Parameters keep their addresses. Where parameter and slow weights have one dtype the two trade places, and no
+        memory is used beyond one tensor's; elsewhere the fast weights are set aside. Parameters that had no step yet
+        have no slow weights, and stay as they are. Blocks may be nested; an exception restores the fast weights too.
+        `state_dict()` inside gives the slow weights as slow weights.
+
+        Raises:
+            RuntimeError: from `step()`, `sync()` and `load_state_dict()` inside the block.
+        """
+        self._depth += 1
+        try:
+            if self._depth == 1:
+                self._fast = []
+                self._swap_in()
+            yield
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self._swap_out()
+
+    @torch.no_grad()
+    def sync(self) -> None:
+        """Interpolates now: every parameter that had a step gets phi <- phi + alpha (theta - phi), theta <- phi.
+
+        Step counts stay, so the next sync of the rhythm comes when it would have come.
+
+        Raises:
+            RuntimeError: inside `slow_weights()`.
+        """
+        self._refuse_inside_slow_weights("sync()")
+        settings = self._table.settings
+        for row, group in self._table.rows_with_slow_weights(self.param_groups, self.state):
+            reference.sync(row, group[settings.alpha], group[settings.pullback_momentum])
+            row.write_back()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state, as in torch.optim; readable with ``torch.load(weights_only=True)``."""
+        return self._on_slow_weights(super().state_dict())
+
+    def _on_slow_weights(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Inside `slow_weights()` a parameter may hold phi and `slow_param` theta: what is saved is phi."""
+        if self._depth == 0:
+            return state_dict
+        traded = {id(slow): param for param, slow, swapped in self._fast if swapped}
+        state = {
+            index: {name: _as_saved(value, traded) for name, value in entries.items()}
+            for index, entries in state_dict["state"].items()
+        }
+        return {**state_dict, "state": state}
+
+    def _refuse_inside_slow_weights(self, call: str) -> None:
+        if self._depth > 0:
+            raise RuntimeError(f"{call} inside slow_weights(): leave the block first, the parameters hold the slow weights")
+
+    @torch.no_grad()
+    def _swap_in(self) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                slow = self.state[param].get("slow_param") if param in self.state else None
+                if slow is None:
+                    continue
+                theta, phi = local_tensor(param), local_tensor(slow)
+                if theta.dtype == phi.dtype:
+                    _trade(theta, phi)
+                    self._fast.append((param, slow, True))
+                else:
+                    self._fast.append((param, theta.clone(), False))
+                    theta.copy_(phi)
+
+    @torch.no_grad()
+    def _swap_out(self) -> None:
+        while self._fast:
+            param, fast, swapped = self._fast.pop()
+            if swapped:
+                _trade(local_tensor(param), local_tensor(fast))
+            else:
+                local_tensor(param).copy_(fast)
+
+
+def _trade(a: Tensor, b: Tensor) -> None:
+    held = a.clone()
+    a.copy_(b)
+    b.copy_(held)
+
+
+def _as_saved(value: Any, traded: dict[int, Tensor]) -> Any:
+    return traded[id(value)].detach().clone() if id(value) in traded else value

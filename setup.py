@@ -1,0 +1,217 @@
+"""Builds the native modules with CMake and packs them; everything else stands in pyproject.toml.
+
+Read from the environment:
+
+    LOOKAHEAD_FUSED_CPU      unset: _cpu is built where there is a C++ compiler, else left out with a message
+                             1: where it cannot be built, the install fails
+                             0: it is left out
+    CXX, CXXFLAGS, LDFLAGS   as in CMake
+    MAX_JOBS                 how many files are compiled at a time (default: Ninja's choice)
+
+A compiler that is there and fails makes the install fail in every case: a mistake in a source file must not
+end as a package that works and is slow. What was built and how, or why not, is written to
+lookahead_fused/_build_info.json.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import ExecError, OptionError, PlatformError
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "lookahead_fused"
+BUILD_INFO = "_build_info.json"
+COMPILERS = ("c++", "g++", "clang++")
+
+
+class NativeModule(NamedTuple):
+    """A module of the package that CMake builds where it can be built."""
+
+    name: str
+    switch: str  # environment variable and CMake option
+    missing: Callable[[], str | None]  # what this machine lacks to build it, as a sentence
+
+    def reason_to_leave_out(self) -> str | None:
+        """None where the module is to be built.
+
+        Raises:
+            OptionError: the switch is neither unset nor 0 nor 1.
+            PlatformError: the switch is 1 and the machine cannot build the module.
+        """
+        asked = os.environ.get(self.switch, "")
+        if asked not in ("", "0", "1"):
+            raise OptionError(f"{self.switch} must be 0, 1 or unset, got {asked!r}")
+        if asked == "0":
+            return f"{self.switch}=0 was set when the package was built"
+        missing = self.missing()
+        if missing and asked == "1":
+            raise PlatformError(f"{self.switch}=1 asks for {PACKAGE}.{self.name}, but {missing}")
+        return missing
+
+
+def missing_for_cpp() -> str | None:
+    """What this machine lacks to compile a Python module in C++."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    command = named or next(([name] for name in COMPILERS if shutil.which(name)), None)
+    if command is None:
+        return f"no C++ compiler was found (looked for {', '.join(COMPILERS)}; CXX names another one)"
+    if shutil.which(command[0]) is None:
+        return f"CXX names {command[0]!r}, and there is no such program"
+    # A stand-in that only asks for the real compiler to be installed (macOS has one) is no compiler.
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    if version.returncode != 0:
+        complaint = (version.stderr or version.stdout).strip().partition("\n")[0]
+        return f"{shlex.join(command)} does not run: {complaint}"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python.h was not found (Debian and Ubuntu have it in python3-dev)"
+    return None
+
+
+MODULES = (NativeModule("_cpu", "LOOKAHEAD_FUSED_CPU", missing_for_cpp),)
+
+
+class BuildNativeModules(build_ext):
+    """Runs CMake once for all modules; setuptools' own compiler is not used."""
+
+    def run(self) -> None:
+        reasons = {module.name: module.reason_to_leave_out() for module in MODULES}
+        package = self.target_root() / PACKAGE
+        package.mkdir(parents=True, exist_ok=True)
+        for module in MODULES:
+            # What an earlier build left there must not pass for this one's.
+            (self.target_root() / self.module_file(module)).unlink(missing_ok=True)
+        wanted = [module for module in MODULES if reasons[module.name] is None]
+        records = self.build_with_cmake(wanted) if wanted else {}
+
+        info = {
+            "version": self.distribution.get_version(),
+            "modules": {
+                module.name: {
+                    "built": reasons[module.name] is None,
+                    "reason": reasons[module.name] or "",
+                    **records.get(module.name, {"compiler": "", "flags": ""}),
+                }
+                for module in MODULES
+            },
+        }
+        (package / BUILD_INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        for name, reason in reasons.items():
+            if reason:
+                self.warn(f"{PACKAGE}.{name} is NOT built: {reason}. The package works without it, slower.")
+
+    def build_with_cmake(self, wanted: list[NativeModule]) -> dict[str, dict[str, str]]:
+        """Configures, compiles and installs the modules; returns each one's compiler and flags."""
+        # Not build_temp: an editable install gets a temporary one, and would compile all anew each time.
+        build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        cmake = build_tool("cmake", "CMAKE_BIN_DIR")
+        configure = [
+            *(cmake, "-S", str(ROOT / "csrc"), "-B", str(build), "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={build_tool('ninja', 'BIN_DIR')}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={importlib.import_module('pybind11').get_cmake_dir()}",
+            *(f"-D{module.switch}={'ON' if module in wanted else 'OFF'}" for module in MODULES),
+        ]
+        env = dict(os.environ)
+        env["CXX"] = env.get("CXX") or next(name for name in COMPILERS if shutil.which(name))
+        # CMake keeps what it was first told: under another compiler or isolated environment, start over.
+        told = json.dumps([configure, {name: env.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS")}])
+        stamp = build / "configured_with.json"
+        if not stamp.is_file() or stamp.read_text(encoding="utf-8") != told:
+            shutil.rmtree(build, ignore_errors=True)
+        self.call(configure, env)
+        stamp.write_text(told, encoding="utf-8")
+
+        self.call([cmake, "--build", str(build), *parallel_arguments()], env)
+        strip = [] if self.debug else ["--strip"]
+        self.call([cmake, "--install", str(build), "--prefix", str(self.target_root()), *strip], env)
+        for module in wanted:
+            if not (self.target_root() / self.module_file(module)).is_file():
+                raise ExecError(f"CMake did not install {self.module_file(module)}")
+        records = {module.name: build / f"{module.name}.json" for module in wanted}
+        return {name: json.loads(record.read_text(encoding="utf-8")) for name, record in records.items()}
+
+    def call(self, command: list[str], env: dict[str, str]) -> None:
+        self.announce(shlex.join(command), level=2)
+        # pip reads the two streams of this process; a child's output has to come in its place among ours.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if subprocess.run(command, env=env, check=False).returncode != 0:
+            switches = " ".join(f"{module.switch}=0" for module in MODULES)
+            raise ExecError(
+                f"`{shlex.join(command[:2])} ...` failed; its messages stand above. "
+                f"To install without native modules, set {switches}."
+            )
+
+    def target_root(self) -> Path:
+        """The directory with the package in it that the modules go into."""
+        return ROOT if self.inplace else Path(self.build_lib).resolve()
+
+    def module_file(self, module: NativeModule) -> str:
+        return self.get_ext_filename(f"{PACKAGE}.{module.name}")
+
+    def package_files(self) -> list[str]:
+        """What this command puts into the package, relative to it: the files that exist after run()."""
+        files = [*(self.module_file(module) for module in MODULES), f"{PACKAGE}/{BUILD_INFO}"]
+        return [file for file in files if (self.target_root() / file).is_file()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        files = self.package_files() if self.inplace else []
+        return {str(Path(self.build_lib, file)): str(ROOT / file) for file in files}
+
+    def get_outputs(self) -> list[str]:
+        return [str(Path(self.build_lib, file)) for file in self.package_files()]
+
+
+class BuildPython(build_py):
+    """Starts from an empty directory, so that a file deleted since the last build is not packed again."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, PACKAGE), ignore_errors=True)
+        super().run()
+
+
+def build_tool(name: str, directory_attribute: str) -> str:
+    """The program that the Python package of that name brings, else the one on PATH.
+
+    PATH alone would miss it where builds are not isolated and the environment is not activated.
+    """
+    try:
+        directory = getattr(importlib.import_module(name), directory_attribute)
+    except ImportError:
+        directory = ""
+    program = shutil.which(name, path=directory) or shutil.which(name)
+    if program is None:
+        raise PlatformError(f"{name} is needed to build the native modules: pip install {name}")
+    return program
+
+
+def parallel_arguments() -> list[str]:
+    jobs = os.environ.get("MAX_JOBS", "")
+    if not jobs:
+        return []
+    if not jobs.isdecimal() or int(jobs) < 1:
+        raise OptionError(f"MAX_JOBS must be a positive integer, got {jobs!r}")
+    return ["--parallel", jobs]
+
+
+setup(
+    # Named here so that the wheel carries the platform's tag, with or without modules in it.
+    ext_modules=[Extension(f"{PACKAGE}.{module.name}", sources=[]) for module in MODULES],
+    cmdclass={"build_ext": BuildNativeModules, "build_py": BuildPython},
+)

@@ -1,0 +1,55 @@
+"""Every backend that this build knows, in turn; one that cannot serve here is skipped with its reason."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+from helpers import BackendCase
+
+import lookahead_fused
+
+# How far one step may be from the exact bits. A backend that is not named here owes them.
+ULPS_PER_STEP = {"triton": 1.0}
+
+hypothesis.settings.register_profile(
+    "bounded",
+    max_examples=25,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("bounded")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(2)
+
+
+def backend_cases() -> list[BackendCase]:
+    accelerators = {"cuda", "triton"}
+    cases = [
+        BackendCase(name, "cuda" if name in accelerators else "cpu", ULPS_PER_STEP.get(name, 0.0))
+        for name in lookahead_fused.backends()
+    ]
+    if torch.cuda.is_available():
+        cases.append(BackendCase("reference", "cuda", 0.0))
+    return cases
+
+
+@pytest.fixture(scope="session", params=backend_cases(), ids=lambda case: f"{case.name}-{case.device}")
+def backend(request: pytest.FixtureRequest) -> BackendCase:
+    """A backend that serves here, and the device to try it on."""
+    case: BackendCase = request.param
+    status = lookahead_fused.backends()[case.name]
+    if not status.available:
+        pytest.skip(f"backend {case.name}: {status.reason}")
+    if case.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip(f"backend {case.name}: no CUDA device")
+    return case
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,323 @@
+"""The benchmarks measure what they say: planted differences are found, planted disturbances are not.
+
+Time is mostly a fake clock here, moved by the sides themselves: exact, and quick.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+import cases
+import ceiling
+import measure
+import opponents
+from measure import Schedule, Side, interleave, ratio, slope, spread
+from report import Figure, Report
+
+BENCH = Path(cases.__file__).parent
+STEP_BY_STEP = Schedule(rounds=8, turns=5, period=5)
+IN_TURNS = Schedule(rounds=8, steps=10, settle=5, period=5)
+
+
+class Machine:
+    """A clock that sides move; ``slowness`` scales all work, as a busy neighbour does."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.slowness = 1.0
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds * self.slowness
+
+    def side(self, name: str, *costs: float, **kwargs: object) -> Side:
+        """A side whose steps cost ``costs`` in turn."""
+        steps = iter(range(10**9))
+        return Side(name, lambda: self.work(costs[next(steps) % len(costs)]), **kwargs)  # type: ignore[arg-type]
+
+    def run(self, sides: list[Side], schedule: Schedule, pause_costs: float = 0.0) -> measure.Samples:
+        return interleave(sides, schedule, clock=lambda: self.now, sleep=lambda _: self.work(pause_costs))
+
+
+@pytest.mark.parametrize("schedule", [STEP_BY_STEP, IN_TURNS])
+def test_planted_slowdown(schedule: Schedule) -> None:
+    machine = Machine()
+    samples = machine.run([machine.side("slow", 2.0), machine.side("fast", 1.0)], schedule)
+    assert samples["slow"] == pytest.approx([2.0] * 8)
+    found = ratio(samples, of="slow", to="fast")
+    assert [found.median, found.of_medians, found.samples] == pytest.approx([0.5, 0.5, 8])
+    assert ratio(samples, of="fast", to="slow").median == pytest.approx(2.0)
+
+
+def test_planted_slowdown_by_the_real_clock() -> None:
+    sides = [Side("slow", lambda: time.sleep(0.008)), Side("fast", lambda: time.sleep(0.004))]
+    samples = interleave(sides, Schedule(rounds=9, turns=2, pause=0))
+    assert ratio(samples, of="slow", to="fast").median == pytest.approx(0.5, rel=0.2)
+
+
+def test_a_neighbour_slows_times_and_leaves_ratios() -> None:
+    machine = Machine()
+
+    def drift() -> None:
+        # Ten times as slow in the end as at the start: one after the other, equal sides would differ by 5x.
+        machine.slowness *= 1.03
+
+    sides = [machine.side("ours", 1.0, prepare=drift), machine.side("theirs", 1.5)]
+    samples = machine.run(sides, Schedule(rounds=16, turns=5, period=5))
+    assert max(samples["ours"]) > 5 * min(samples["ours"])
+    found = ratio(samples, of="ours", to="theirs")
+    assert found.median == pytest.approx(1.5, rel=0.02)
+    assert 1.4 < found.q1 <= found.median <= found.q3 < 1.6
+
+
+def test_only_steps_are_timed() -> None:
+    machine = Machine()
+    costly = machine.side("ours", 1.0, prepare=lambda: machine.work(100.0))
+    samples = machine.run([costly, machine.side("theirs", 1.0)], IN_TURNS, pause_costs=1000.0)
+    assert samples == {"ours": pytest.approx([1.0] * 8), "theirs": pytest.approx([1.0] * 8)}
+
+
+def test_warm_up_and_settling_are_thrown_away() -> None:
+    machine = Machine()
+    # The first round costs more, and so do the first five steps of every turn.
+    cold = machine.side("cold", *([50.0] * 15), *([7.0] * 5 + [1.0] * 10) * 20)
+    assert machine.run([cold], IN_TURNS)["cold"] == pytest.approx([1.0] * 8)
+
+
+@pytest.mark.parametrize("schedule", [STEP_BY_STEP, IN_TURNS])
+def test_every_round_has_its_share_of_syncs(schedule: Schedule) -> None:
+    machine = Machine()
+    samples = machine.run(
+        [machine.side("ours", 1, 1, 1, 1, 6), machine.side("theirs", 1, 1, 1, 1, 1)], schedule
+    )
+    assert samples["ours"] == pytest.approx([2.0] * 8)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"turns": 4}, {"steps": 7}, {"turns": 5, "settle": 1}, {"rounds": 0, "turns": 5}]
+)
+def test_schedule_refuses_part_of_a_period(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"period|rounds"):
+        Schedule(**{"rounds": 3, "period": 5, **wrong})
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_every_side_comes_at_every_place(count: int) -> None:
+    sides = [Side(str(i), lambda: None) for i in range(count)]
+    places: dict[str, list[int]] = {side.name: [] for side in sides}
+    for turn in range(2 * count):
+        for place, side in enumerate(measure._order(sides, turn)):
+            places[side.name].append(place)
+    assert all(sorted(seen) == sorted([*range(count)] * 2) for seen in places.values())
+
+
+def test_names_of_sides_differ() -> None:
+    with pytest.raises(ValueError, match="differ"):
+        interleave([Side("a", lambda: None), Side("a", lambda: None)], STEP_BY_STEP)
+
+
+def test_garbage_collection_is_off_in_a_step_and_back_after_it() -> None:
+    seen = []
+    interleave([Side("a", lambda: seen.append(gc.isenabled()))], Schedule(rounds=1, pause=0))
+    assert seen == [False, False]
+    assert gc.isenabled()
+
+
+def test_slope_is_per_further_thing() -> None:
+    samples = {"few": [1.0, 2.0, 3.0], "many": [1.3, 2.3, 3.3]}
+    found = slope(samples, "few", "many", further=3)
+    assert [found.median, found.of_medians] == pytest.approx([0.1, 0.1])
+
+
+def test_quartiles() -> None:
+    found = spread([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (found.q1, found.median, found.q3, found.samples) == (2.0, 3.0, 4.0, 5)
+
+
+def test_targets() -> None:
+    assert Figure("speed", spread([1.24]), "x", 1.25).met is False
+    assert Figure("speed", spread([1.25]), "x", 1.25).met is True
+    assert Figure("time", spread([0.31]), "µs", 0.3, at_least=False).met is False
+    assert Figure("time", spread([0.29]), "µs", 0.3, at_least=False).met is True
+    assert Figure("informs", spread([0.0]), "x").met is None
+    assert "MISS" in str(Figure("speed", spread([1.24]), "x", 1.25))
+
+
+def gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def test_cases_have_the_exact_counts() -> None:
+    counts = {name: (case.tensors, case.elements) for name, case in cases.CASES.items()}
+    assert counts["gpt2-small"] == (148, 124_439_808)
+    assert counts["one-large"] == (1, 67_108_864)
+    assert counts["many-small"] == (1000, 64_000)
+    assert counts["groups-465"][0] == 465
+    medium = cases.Case("GPT-2 medium", cases.gpt2(layers=24, width=1024))
+    assert (medium.tensors, medium.elements) == (292, 354_823_168)
+
+
+def test_parameters_and_their_twins() -> None:
+    params = cases.parameters(cases.Case("", ((3, 4), (5,))), dtype=torch.bfloat16)
+    twins = cases.twin(params)
+    assert [tuple(p.shape) for p in twins] == [(3, 4), (5,)]
+    for mine, other in zip(params, twins, strict=True):
+        assert mine.dtype == gradient(mine).dtype == other.dtype == torch.bfloat16
+        assert torch.equal(mine, other)
+        assert other.data_ptr() != mine.data_ptr()
+        assert other.grad is mine.grad
+
+
+def test_renewed_gradients_are_other_tensors_at_other_addresses() -> None:
+    params = cases.parameters(cases.CASES["scalars-1000"])
+    old = [(gradient(p), gradient(p).data_ptr(), gradient(p).clone()) for p in params]
+    cases.renew_gradients(params)
+    for param, (tensor, address, value) in zip(params, old, strict=True):
+        assert gradient(param) is not tensor
+        assert gradient(param).data_ptr() != address
+        assert torch.equal(gradient(param), value)
+
+
+def test_the_opponent_is_lookahead() -> None:
+    param = torch.nn.Parameter(torch.zeros(1))
+    param.grad = -torch.ones(1)
+    opponent = opponents.ForeachSync(torch.optim.SGD([param], lr=1.0), k=3, alpha=0.5)
+    trajectory = []
+    for _ in range(9):
+        opponent.step()
+        trajectory.append(param.item())
+    assert trajectory == [1, 2, 1.5, 2.5, 3.5, 3, 4, 5, 4.5]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (opponents.ours_adamw, opponents.torch_adamw_sync),
+        (opponents.ours_sgd, opponents.torch_sgd_sync),
+    ],
+)
+def test_both_sides_do_the_same_work(ours: object, theirs: object) -> None:
+    mine = cases.parameters(cases.Case("", ((300,), (7, 11))))
+    other = cases.twin(mine)
+    sides = ours(mine), theirs(other)  # type: ignore[operator]
+    for _ in range(2 * opponents.K + 1):
+        for side in sides:
+            side.step()
+    torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
+
+
+# Two chunks and a tail that fills no line; a whole line a thread and one element over.
+@pytest.mark.parametrize("n", [(1 << 21) + 37, 33])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("variant", ceiling.variants())
+def test_the_ceiling_reads_and_writes_every_element(variant: str, threads: int, n: int) -> None:
+    before = [torch.randint(-(2**31), 2**31 - 1, (n,), dtype=torch.int32) for _ in range(5)]
+    p, g, m, v, slow = now = [tensor.clone() for tensor in before]
+    loop = ceiling.Ceiling(variant, p, g, m, v, slow, k=2, threads=threads, mask=0xFFFFFFFF)
+    if not loop.works:
+        pytest.skip(f"this machine has no {variant} stores")
+    loop.step()
+    expected = [b if i in (1, 4) else b ^ before[1] for i, b in enumerate(before)]
+    assert all(torch.equal(a, b) for a, b in zip(now, expected, strict=True))
+    # The second pass of k = 2 moves the slow weight too, and takes the others back.
+    loop.step()
+    expected = [*before[:4], before[4] ^ before[1]]
+    assert all(torch.equal(a, b) for a, b in zip(now, expected, strict=True))
+
+
+def test_the_ceiling_leaves_an_optimizer_as_it_was() -> None:
+    before = [torch.randn(1000) for _ in range(5)]
+    p, g, m, v, slow = now = [tensor.clone() for tensor in before]
+    ceiling.Ceiling("plain", p, g, m, v, slow, k=1).step()
+    assert all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
+
+
+def test_the_ceiling_refuses_what_it_would_fault_on() -> None:
+    p, g, m, v, slow = (torch.zeros(65)[1:] for _ in range(5))
+    with pytest.raises(RuntimeError, match="64 bytes"):
+        ceiling.Ceiling("plain", p, g, m, v, slow, k=1).step()
+
+
+def test_allocations_are_seen() -> None:
+    tensor = torch.ones(1000, 1000)
+    assert measure.allocated_bytes(lambda: tensor.mul_(tensor)) == 0
+    assert measure.allocated_bytes(lambda: tensor * tensor) == 4_000_000
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc"
+)
+def test_resident_memory_is_seen_also_when_given_back() -> None:
+    tensor = torch.ones(16 << 20)
+    assert measure.resident_growth(lambda: tensor.mul_(tensor)) < 2 << 20
+    assert measure.resident_growth(lambda: tensor * tensor) > 60 << 20
+
+
+@pytest.mark.skipif(
+    not Path("/proc/stat").exists(), reason="other processes' time is read from Linux's /proc"
+)
+def test_a_busy_neighbour_is_seen() -> None:
+    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        others = measure.Others()
+        time.sleep(1)
+        # It has a core, or a part of one where other neighbours are busy, and these count as well.
+        assert others.share() > 0.6 / (os.cpu_count() or 1)
+    finally:
+        neighbour.kill()
+        neighbour.wait()
+
+
+def test_own_work_is_not_a_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = os.times()
+    monkeypatch.setattr(measure.os, "cpu_count", lambda: 2)
+    others = measure.Others()
+    monkeypatch.setattr(measure.os, "times", lambda: (own[0] + 1000, own[1], 0, 0, 0))
+    assert others.share() == 0
+
+
+def test_a_report_says_when_the_machine_was_busy() -> None:
+    report = Report("title", "how", [], {}, others=0.31)
+    assert "31.0% of the cores: TOO BUSY" in str(report)
+    assert report.record()["others"] == 0.31
+    report.others = 0.01
+    assert "TOO BUSY" not in str(report)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """The command prints and writes figures with targets, and the picture is drawn from what it wrote."""
+    report = tmp_path / "report" / "cpu.json"
+    # A script finds its neighbours by the folder it is in, which this variable would take off the path.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONSAFEPATH"}
+    # One thread: on a loaded machine a thousand small parallel regions a step would take minutes.
+    arguments = ["--only", "many-small", "--rounds", "2", "--threads", "1", "--json", str(report)]
+    command = [sys.executable, str(BENCH / "cpu.py"), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(report.read_text())
+    assert content["conditions"]["torch"] == torch.__version__
+    assert content["conditions"]["torch"] in done.stdout
+    assert content["conditions"]["threads"] == 1
+    figure = content["benchmarks"]["many-small"]["figures"][0]
+    assert figure["target"] == 20
+    assert figure["value"]["samples"] == 2
+    assert figure["met"] == (figure["value"]["median"] >= 20)
+    assert (f"missed:\n  many-small: {figure['label']}" in done.stdout) is not figure["met"]
+
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "cpu.png"
+    command = [sys.executable, str(BENCH / "plot.py"), str(report), str(picture)]
+    subprocess.run(command, env=environment, check=True)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size < 150_000

@@ -1,0 +1,218 @@
+"""Bad input raises before anything changed, and names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    LOOKAHEAD_CLASSES,
+    TORCH_CLASSES,
+    assert_unchanged,
+    check_message,
+    make_params,
+    snapshot,
+)
+
+import lookahead_fused
+
+NAN, INF = float("nan"), float("inf")
+# (argument, bad value, error, what the message must tell beside the argument's name)
+COMMON: list[tuple[str, Any, type[Exception], str]] = [
+    ("lr", -0.1, ValueError, "-0.1"),
+    ("lr", NAN, ValueError, "nan"),
+    ("lr", "0.1", TypeError, "str|0.1"),
+    ("lr", None, TypeError, "None"),
+    ("lr", torch.tensor([0.1, 0.2]), (ValueError, TypeError), r"0-dim|scalar|shape|element|\(2,\)"),
+    ("lr", torch.tensor(-0.1), ValueError, "-0.1"),
+    ("lr", torch.tensor(True), (TypeError, ValueError), "bool"),
+    ("lr", torch.tensor(0.1 + 0j), (TypeError, ValueError), "complex"),
+    ("weight_decay", -0.1, ValueError, "-0.1"),
+    ("weight_decay", NAN, ValueError, "nan"),
+    ("weight_decay", "0", TypeError, "str|0"),
+    ("k", 0, ValueError, "0"),
+    ("k", -3, ValueError, "-3"),
+    ("k", 2.5, TypeError, "float|2.5"),
+    ("k", "5", TypeError, "str"),
+    ("k", None, TypeError, "None"),
+    ("alpha", -0.01, ValueError, "-0.01"),
+    ("alpha", 1.01, ValueError, "1.01"),
+    ("alpha", NAN, ValueError, "nan"),
+    ("alpha", "0.5", TypeError, "str"),
+    ("alpha", None, TypeError, "None"),
+    ("pullback_momentum", "pull", ValueError, "pull"),
+    ("pullback_momentum", True, (TypeError, ValueError), "True|bool"),
+    ("pullback_momentum", None, (TypeError, ValueError), "None"),
+    ("master_weights", "yes", TypeError, "str|yes"),
+    ("maximize", "yes", TypeError, "str|yes"),
+    ("backend", "gpu", ValueError, "gpu"),
+    ("backend", 3, (TypeError, ValueError), "3|int"),
+    ("differentiable", True, ValueError, "True|differentiable"),
+]
+ADAM: list[tuple[str, Any, type[Exception], str]] = [
+    ("betas", (-0.1, 0.9), ValueError, "-0.1"),
+    ("betas", (0.9, 1.0), ValueError, "1.0"),
+    ("betas", (1.0, 0.9), ValueError, "1.0"),
+    ("betas", (0.9, NAN), ValueError, "nan"),
+    ("betas", (0.9,), (ValueError, TypeError), "2|two|pair"),
+    ("betas", (0.9, 0.99, 0.999), (ValueError, TypeError), "2|two|pair"),
+    ("betas", 0.9, TypeError, "float|0.9"),
+    ("betas", ("0.9", 0.999), TypeError, "str"),
+    ("eps", -1e-8, ValueError, "-1e-08"),
+    ("eps", NAN, ValueError, "nan"),
+    ("eps", "1", TypeError, "str"),
+    ("amsgrad", "yes", TypeError, "str|yes"),
+]
+SGD: list[tuple[str, Any, type[Exception], str]] = [
+    ("momentum", -0.5, ValueError, "-0.5"),
+    ("momentum", NAN, ValueError, "nan"),
+    ("momentum", "0.9", TypeError, "str"),
+    ("dampening", NAN, ValueError, "nan"),
+    ("dampening", "0", TypeError, "str"),
+    ("nesterov", True, ValueError, "momentum"),  # without momentum
+    ("nesterov", "yes", TypeError, "str|yes"),
+]
+BAD = [
+    pytest.param(rule, *case, id=f"{rule}-{case[0]}-{case[1]!r}".replace("torch.", ""))
+    for rule, cases in (("adamw", [*COMMON, *ADAM]), ("adam", ADAM), ("sgd", [*COMMON, *SGD]))
+    for case in cases
+]
+
+
+@pytest.mark.parametrize(("rule", "argument", "value", "error", "came"), BAD)
+def test_bad_keyword(rule: str, argument: str, value: Any, error: type[Exception], came: str) -> None:
+    """At construction, as an argument and in a group."""
+    cls = LOOKAHEAD_CLASSES[rule]
+    with pytest.raises(error) as caught:
+        cls(make_params([(3,)]), **{argument: value})
+    check_message(caught.value, argument, came)
+    if argument != "differentiable":
+        with pytest.raises(error) as caught:
+            cls([{"params": make_params([(3,)]), argument: value}])
+        check_message(caught.value, argument, came)
+
+
+@pytest.mark.parametrize(("rule", "argument", "value", "error", "came"), BAD)
+def test_bad_keyword_in_an_added_group(
+    rule: str, argument: str, value: Any, error: type[Exception], came: str
+) -> None:
+    """The optimizer stays as it was, without the group, and goes on."""
+    if argument == "differentiable":
+        pytest.skip("is not a group's")
+    params = make_params([(3,), (4,)])
+    optimizer = LOOKAHEAD_CLASSES[rule](params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    before = snapshot(optimizer)
+    with pytest.raises(error) as caught:
+        optimizer.add_param_group({"params": make_params([(5,)]), argument: value})
+    check_message(caught.value, argument, came)
+    assert_unchanged(before, snapshot(optimizer))
+    optimizer.step()
+
+
+WRAPPER_BAD = [case for case in COMMON if case[0] in ("k", "alpha", "pullback_momentum", "backend")]
+
+
+@pytest.mark.parametrize(("argument", "value", "error", "came"), WRAPPER_BAD)
+def test_bad_keyword_of_the_wrapper(argument: str, value: Any, error: type[Exception], came: str) -> None:
+    """The base stays as it was: nothing of ours in its groups, and it can be wrapped again."""
+    base = torch.optim.AdamW(make_params([(3,)]))
+    before = snapshot(base)
+    with pytest.raises(error) as caught:
+        lookahead_fused.Lookahead(base, **{argument: value})
+    check_message(caught.value, argument, came)
+    assert_unchanged(before, snapshot(base))
+    lookahead_fused.Lookahead(base)
+
+
+@pytest.mark.parametrize("value", [None, 3, "adam", torch.optim.AdamW, lambda: None])
+def test_the_wrapper_wants_an_optimizer(value: Any) -> None:
+    with pytest.raises(TypeError, match=r"(?i)optimizer"):
+        lookahead_fused.Lookahead(value)
+
+
+def test_an_unavailable_backend_says_why() -> None:
+    """A named backend that cannot serve raises, with the reason that the report gives."""
+    for name, status in lookahead_fused.backends().items():
+        assert isinstance(status.available, bool)
+        assert status.available or status.reason
+        if not status.available:
+            (p,) = make_params([(3,)])
+            p.grad = torch.ones_like(p)
+            with pytest.raises((ValueError, RuntimeError)) as caught:
+                lookahead_fused.LookaheadAdamW([p], backend=name).step()
+            assert name in str(caught.value)
+            assert status.reason in str(caught.value)
+
+
+def test_a_typing_error_is_not_swallowed() -> None:
+    for cls in LOOKAHEAD_CLASSES.values():
+        with pytest.raises(TypeError, match="alhpa"):
+            cls(make_params([(3,)]), alhpa=0.5)
+    for cls in LOOKAHEAD_CLASSES.values():
+        names = "params lr momentum dampening weight_decay nesterov" if cls.__name__.endswith("SGD") else ""
+        positional = (1e-3, 0.9, 0, 0, True) if names else (1e-3, (0.9, 0.999), 1e-8, 0.0, True)
+        cls(make_params([(3,)]), *positional)
+        with pytest.raises(TypeError, match="positional"):
+            cls(make_params([(3,)]), *positional, False)
+
+
+def test_torchs_switches_change_nothing_and_are_not_kept() -> None:
+    """foreach, fused, capturable: accepted, also per group, and not in the checkpoint as True."""
+    for rule, cls in LOOKAHEAD_CLASSES.items():
+        for switch in ("foreach", "fused", "capturable"):
+            optimizer = cls(make_params([(3,)]), **{switch: True})
+            assert not any(optimizer.param_groups[0].get(name) for name in (switch, "differentiable"))
+            (p,) = make_params([(3,)])
+            theirs = TORCH_CLASSES[rule]([p])
+            p.grad = torch.ones_like(p)
+            optimizer.param_groups[0]["params"][0].grad = torch.ones_like(p)
+            optimizer.step()
+            theirs.load_state_dict(optimizer.state_dict())
+            theirs.step()
+        cls(make_params([(3,)]), differentiable=False)
+
+
+def test_tensor_betas_work_or_are_refused_by_name() -> None:
+    betas = (torch.tensor(0.9), torch.tensor(0.99))
+    for rule in ("adamw", "adam"):
+        runs = []
+        try:
+            for b in (betas, tuple(float(x) for x in betas)):
+                (p,) = make_params([(6,)])
+                optimizer = LOOKAHEAD_CLASSES[rule]([p], betas=b)
+                for _ in range(3):
+                    p.grad = torch.ones_like(p)
+                    optimizer.step()
+                runs.append(p)
+        except (TypeError, ValueError) as error:
+            check_message(error, "betas", "Tensor|tensor")
+        else:
+            assert torch.equal(*runs)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# parameters
+
+
+@pytest.mark.parametrize("rule", LOOKAHEAD_CLASSES)
+def test_bad_parameters(rule: str) -> None:
+    cls = LOOKAHEAD_CLASSES[rule]
+    (p,) = make_params([(3,)])
+    for params, error, message in (
+        ([], ValueError, "empty"),
+        (p, TypeError, "iterable|Tensor"),
+        ([1.0], TypeError, "float"),
+        ([p * 2], ValueError, "leaf"),
+        ([{"params": [p]}, {"params": [p]}], ValueError, "more than one"),
+        ([{"lr": 0.1}], (ValueError, KeyError), "params"),
+    ):
+        with pytest.raises(error, match=message):
+            cls(params)
+    optimizer = cls([p])
+    with pytest.raises(ValueError, match="more than one"):
+        optimizer.add_param_group({"params": [p]})
+    assert len(optimizer.param_groups) == 1

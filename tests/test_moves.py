@@ -1,0 +1,321 @@
+"""Tensors that come, go and move: late gradients and missing ones, replaced data, state, lists, dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import (
+    DTYPE_NAMES,
+    BackendCase,
+    Lockstep,
+    make_grads,
+    make_optimizer,
+    make_params,
+    make_tensor,
+    same_tensor_bits,
+    seeded,
+    to_numpy,
+)
+from torch import Tensor
+
+import lookahead_fused
+
+LIVELY = {
+    "adamw": {"lr": 0.1, "weight_decay": 0.1, "amsgrad": True, "pullback_momentum": "pullback", "k": 2},
+    "sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "pullback_momentum": "pullback", "k": 2},
+    "wrapped-adamw": {"lr": 0.1, "weight_decay": 0.1, "pullback_momentum": "reset", "k": 2},
+}
+GUARD = 77.0
+
+# ------------------------------------------------------------------------------------------------------------
+# gradients that come and go
+
+
+@pytest.mark.parametrize("rule", LIVELY)
+def test_gradients_come_late_stay_away_and_return(backend: BackendCase, rule: str) -> None:
+    """Each parameter counts its own steps. A gradient of None leaves all of it alone; the address of the
+    gradient before it must not be read again."""
+    params = make_params([(5,), (6,), (7,), (8,)], device=backend.device)
+    pair = Lockstep(backend, rule, (params[:2], {}), (params[2:], {"lr": 0.3}), **LIVELY[rule])
+    present = [
+        (1, 0, 0, 0),
+        (1, 1, 0, 0),
+        (0, 0, 0, 0),
+        (0, 1, 1, 0),
+        (1, 1, 0, 0),
+        (1, 1, 1, 1),
+        (0, 0, 1, 1),
+    ]
+    for row in present:
+        grads = make_grads(params, generator=pair.generator)
+        pair.step([g if here else None for g, here in zip(grads, row, strict=True)])
+    assert [o.step_count for o in pair.oracles] == [sum(column) for column in zip(*present, strict=True)]
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+def test_frozen_parameters(backend: BackendCase, rule: str) -> None:
+    """Frozen ones rest; frozen integers may be listed; one that is thawed starts then, one that is frozen
+    and loses its gradient rests, and goes on when it returns."""
+    a, b, c = make_params([(5,), (6,), (7,)], device=backend.device)
+    b.requires_grad_(False)
+    table = torch.nn.Parameter(torch.arange(4, device=backend.device), requires_grad=False)
+    pair = Lockstep(backend, rule, ([a, b, c], {}), **LIVELY[rule])
+    pair.optimizer.add_param_group({"params": [table]})
+    for t in range(6):
+        if t == 2:
+            b.requires_grad_(True)
+            c.requires_grad_(False)
+        if t == 4:
+            c.requires_grad_(True)
+        pair.optimizer.zero_grad()
+        grads = make_grads([a, b, c], generator=pair.generator)
+        for p, g in zip((a, b, c), grads, strict=True):
+            if p.requires_grad:
+                (p * g).sum().backward()
+        pair.follow([p.grad for p in (a, b, c)])
+    assert table.tolist() == [0, 1, 2, 3]
+    assert not pair.optimizer.state.get(table)
+
+
+@pytest.mark.parametrize("rule", LIVELY)
+def test_gradients_move_every_step(backend: BackendCase, rule: str) -> None:
+    """zero_grad(set_to_none) and a backward put gradients elsewhere each time; old ones are freed and their
+    memory is filled with something else."""
+    pair = Lockstep(backend, rule, **LIVELY[rule])
+    rubbish = []
+    for _ in range(5):
+        pair.step()
+        pair.optimizer.zero_grad(set_to_none=True)
+        rubbish += [torch.full_like(p, float("nan")) for p in pair.params]
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+def test_gradients_are_only_read(backend: BackendCase, rule: str) -> None:
+    params = make_params(device=backend.device)
+    optimizer = make_optimizer(rule, params, backend, **LIVELY[rule], maximize=True)
+    grads = make_grads(params, generator=seeded(1))
+    copies = [g.clone() for g in grads]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    for _ in range(3):
+        optimizer.step()
+        for p, g, c in zip(params, grads, copies, strict=True):
+            assert p.grad is g
+            assert same_tensor_bits(g, c)
+            assert g._version == 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# tensors that move
+
+
+def replace_param_data(p: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    p.data = p.data.clone()
+
+
+def replace_param_layout(p: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    dims = tuple(reversed(range(p.dim())))
+    p.data = p.data.permute(dims).contiguous().permute(dims)
+
+
+def replace_state_data(p: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    """The snippet that everybody copies to move an optimizer to a device."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.data = value.data.clone()
+
+
+def replace_state_tensors(p: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    for name, value in optimizer.state[p].items():
+        optimizer.state[p][name] = value.clone()
+
+
+def replace_state_layout(p: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    for name, value in optimizer.state[p].items():
+        dims = tuple(reversed(range(value.dim())))
+        optimizer.state[p][name] = value.permute(dims).contiguous().permute(dims)
+
+
+def replace_state_by_views(p: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    for name, value in optimizer.state[p].items():
+        wide = torch.full((*value.shape, 2), GUARD, dtype=value.dtype, device=value.device)
+        wide[..., 1] = value
+        optimizer.state[p][name] = wide[..., 1]
+
+
+def replace_state_dicts(p: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    for key in list(optimizer.state):
+        optimizer.state[key] = {name: value.clone() for name, value in optimizer.state[key].items()}
+
+
+MOVES = [
+    replace_param_data,
+    replace_param_layout,
+    replace_state_data,
+    replace_state_tensors,
+    replace_state_layout,
+    replace_state_by_views,
+    replace_state_dicts,
+]
+
+
+@pytest.mark.parametrize("rule", LIVELY)
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("shape", [(33,), (4, 6)])
+def test_tensors_move(backend: BackendCase, rule: str, move: Callable, shape: tuple[int, ...]) -> None:
+    """New addresses, old values: nothing may still be read or written at the old ones."""
+    params = make_params([shape, (3, 5), shape], device=backend.device)
+    pair = Lockstep(backend, rule, (params, {}), **LIVELY[rule])
+    for _ in range(5):
+        pair.step()
+        old = [params[0].data, *[v.data for v in pair.optimizer.state[params[0]].values()]]
+        move(params[0], pair.optimizer)
+        before = [t.clone() for t in old]
+        grads = make_grads(params, generator=pair.generator)
+        pair.step(grads)
+        now = {t.data_ptr() for t in (params[0], *pair.optimizer.state[params[0]].values())}
+        for tensor, copy in zip(old, before, strict=True):
+            assert tensor.data_ptr() in now or same_tensor_bits(tensor, copy), "written at an old address"
+
+
+@pytest.mark.parametrize("rule", LIVELY)
+def test_new_weights_are_the_weights(backend: BackendCase, rule: str) -> None:
+    """`p.data = other` and `p.copy_(other)` between steps, with other values: the next step starts there,
+    phi stays."""
+    pair = Lockstep(backend, rule, **LIVELY[rule])
+    generator = seeded(9)
+    for t in range(6):
+        pair.step()
+        for p, oracle in zip(pair.params, pair.oracles, strict=True):
+            values = make_tensor(p.shape, generator=generator, device=backend.device)
+            if t % 2:
+                p.data = values
+            else:
+                with torch.no_grad():
+                    p.copy_(values)
+            oracle.param = to_numpy(values)
+
+
+@pytest.mark.parametrize("rule", LIVELY)
+def test_memory_is_reused(backend: BackendCase, rule: str) -> None:
+    """Parameters are dropped; others, of other sizes and dtypes, come to lie at their addresses."""
+    memory = torch.zeros(1024, dtype=torch.uint8, device=backend.device)
+    optimizer = make_optimizer(rule, make_params([(1,)], device=backend.device), backend, **LIVELY[rule])
+    for n, dtype in ((64, torch.float32), (32, torch.float64), (48, torch.float32), (64, torch.float32)):
+        params = []
+        for i in range(2):
+            place = memory[512 * i : 512 * i + n * dtype.itemsize].view(dtype)
+            place.copy_(make_tensor((n,), dtype, generator=seeded(i)))
+            params.append(torch.nn.Parameter(place))
+        optimizer.state.clear()
+        optimizer.param_groups[0]["params"] = params
+        pair = Lockstep(backend, rule, (params, {}), seed=n, dtype=dtype, **LIVELY[rule])
+        pair.optimizer = optimizer
+        for _ in range(3):
+            pair.step()
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_is_cast_in_the_run(backend: BackendCase, rule: str, dtype: torch.dtype) -> None:
+    """`model.bfloat16()` after some steps replaces the data of the same parameters; fp32 state goes on."""
+    pair = Lockstep(backend, rule, **LIVELY[rule])
+    for target in (torch.float32, dtype, torch.float32, dtype):
+        for p, oracle in zip(pair.params, pair.oracles, strict=True):
+            p.grad = None
+            p.data = p.data.to(target)
+            oracle.dtype, oracle.param = DTYPE_NAMES[target], to_numpy(p)
+        for _ in range(3):
+            pair.step()
+
+
+@pytest.mark.parametrize("rule", LIVELY)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_groups_list_is_replaced(backend: BackendCase, rule: str, in_place: bool) -> None:
+    """Accelerate puts other parameters into `group["params"]`; they start anew, the old ones rest."""
+    first = Lockstep(backend, rule, ([(5,), (6,)], {}), ([(4,)], {}), **LIVELY[rule])
+    first.step()
+    resting = [p.detach().clone() for p in first.params[:2]]
+    fresh = make_params([(6,), (5,), (9,)], seed=3, device=backend.device)
+    second = Lockstep(backend, rule, (fresh, {}), **LIVELY[rule])
+    second.optimizer = first.optimizer
+    if in_place:
+        first.optimizer.param_groups[0]["params"][:] = fresh
+    else:
+        first.optimizer.param_groups[0]["params"] = fresh
+    first.params[2].grad = None
+    for p in first.params[:2]:
+        p.grad = torch.ones_like(p)
+    for _ in range(3):
+        second.step()
+    for p, before in zip(first.params[:2], resting, strict=True):
+        assert same_tensor_bits(p, before)
+
+
+@pytest.mark.parametrize("rule", LIVELY)
+def test_a_group_is_added(backend: BackendCase, rule: str) -> None:
+    """Progressive unfreezing: a group added in the run starts then, by its own hyperparameters."""
+    pair = Lockstep(backend, rule, ([(5,)], {}), **LIVELY[rule])
+    for t in range(4):
+        if t == 2:
+            other = Lockstep(backend, rule, ([(7,), (0,), (3, 3)], {"lr": 0.3}), seed=4, **LIVELY[rule])
+            pair.optimizer.add_param_group({"params": other.params, "lr": 0.3})
+            pair.params += other.params
+            pair.oracles += other.oracles
+        pair.step()
+
+
+@pytest.mark.parametrize("rule", LIVELY)
+@pytest.mark.parametrize("how", ["clear", "replace", "one", "empty"])
+def test_state_is_cleared(backend: BackendCase, rule: str, how: str) -> None:
+    """A parameter without state starts anew from where it is: step 1, phi = theta, moments 0."""
+    pair = Lockstep(backend, rule, ([(5,), (6,)], {}), **LIVELY[rule])
+    for _ in range(3):
+        pair.step()
+    state = pair.optimizer.state
+    if how == "clear":
+        state.clear()
+    elif how == "replace":
+        pair.optimizer.state = type(state)(dict)
+    elif how == "one":
+        del state[pair.params[0]]
+    else:
+        state[pair.params[0]] = {}
+    for i, oracle in enumerate(pair.oracles):
+        if i == 0 or how in ("clear", "replace"):
+            oracle.state.clear()
+            oracle.step_count = 0
+    for _ in range(3):
+        pair.step()
+
+
+@pytest.mark.parametrize("rule", LIVELY)
+def test_versions_are_bumped(backend: BackendCase, rule: str) -> None:
+    """Autograd must see the write: a second backward through the old weights is wrong and has to say so."""
+    p = torch.nn.Parameter(torch.ones(4, device=backend.device))
+    optimizer = make_optimizer(rule, [p], backend, **LIVELY[rule])
+    loss = (p * p).sum()
+    loss.backward(retain_graph=True)
+    for _ in range(3):
+        version = p._version
+        optimizer.step()
+        assert p._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    version = p._version
+    optimizer.sync()
+    assert p._version > version
+
+
+def test_a_resting_parameter_keeps_its_version(backend: BackendCase) -> None:
+    """Bumping what was not written would fail graphs that are still right."""
+    p, q = (torch.nn.Parameter(torch.ones(4, device=backend.device)) for _ in range(2))
+    optimizer = lookahead_fused.LookaheadAdamW([p, q], backend=backend.name)
+    loss = (q * q).sum()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    loss.backward()
+    assert q.grad is not None
