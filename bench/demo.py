@@ -1,10 +1,10 @@
-"""Train a small GPT and a small convolutional network with Lookahead fused, with Lookahead unfused, and without.
+"""Train a small GPT and a small convolutional network with Lookahead fused, with Lookahead unfused, without.
 
     python bench/demo.py [--quick] [--out FOLDER] [--backend NAME]
 
-Prints what each optimizer reached, took and kept in memory, and writes demo.png and demo.json. Ends with status 1
-if the fused and the unfused run differ by more than rounding (demo_check.py), 0 else. No network is needed: the text is
-the standard library's source, the images are scikit-learn's digits.
+Prints what each optimizer reached, took and kept in memory, and writes demo.png and demo.json. Ends with status
+1 if the fused and the unfused run differ by more than rounding (demo_check.py), else 0. No network is needed: the
+text is the standard library's source, the images are scikit-learn's digits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 try:
     import demo_report
-    import sklearn  # noqa: F401  here and not minutes later
+    import sklearn  # noqa: F401  said now, and not after minutes of training
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 except ModuleNotFoundError as error:
@@ -38,6 +38,8 @@ from demo_train import FUSED, PLAIN, SEED, UNFUSED, Task, TaskResult, run_task
 import lookahead_fused
 
 CONTEXT = 64
+# Waiting beyond this share of the time means that other work decided how long a step took.
+BUSY = 0.1
 OUT = Path(__file__).resolve().parents[1] / "build" / "demo"
 
 
@@ -97,12 +99,18 @@ def run(chosen: Sequence[Task], out: Path, backend: str) -> int:
     used = backend_in_use(backend)
     described = f"{measure.describe(where)}\nlookahead_fused {lookahead_fused.__version__}, backend {used}"
 
+    before = core_seconds()
     results = train(chosen, backend, console)
+    waited = waited_share(before, core_seconds())
+    if waited is not None:
+        described += f"; this process waited {waited:.0%} of its time for a core"
+        if waited > BUSY:
+            described += ": the machine was busy, do not rely on the times"
     demo_report.print_tables(results, described, console)
     picture, figures = out / "demo.png", out / "demo.json"
     demo_report.draw(results, described, picture)
     versions = {"lookahead_fused": lookahead_fused.__version__, "backend": used}
-    demo_report.save_json(results, {**asdict(where), **versions}, figures)
+    demo_report.save_json(results, {**asdict(where), **versions, "waited_for_core": waited}, figures)
     console.print(f"\nPicture: {picture}\nFigures: {figures}", highlight=False, soft_wrap=True)
     console.print(f"{time.perf_counter() - begin:.0f} s in all", highlight=False)
 
@@ -137,6 +145,27 @@ def train(chosen: Sequence[Task], backend: str, console: Console) -> list[TaskRe
 
             results.append(run_task(task, backend=backend, progress=show))
     return results
+
+
+def core_seconds() -> tuple[float, float] | None:
+    """Seconds that this process's threads ran, and waited for a core while ready to; None except on Linux."""
+    ran = waited = 0.0
+    try:
+        for thread in Path("/proc/self/task").iterdir():
+            on_core, ready, _ = (thread / "schedstat").read_text().split()
+            ran += int(on_core) / 1e9
+            waited += int(ready) / 1e9
+    except OSError:
+        return None
+    return ran, waited
+
+
+def waited_share(before: tuple[float, float] | None, after: tuple[float, float] | None) -> float | None:
+    """Of the time between two ``core_seconds()`` in which threads ran or could have, how much they waited."""
+    if before is None or after is None:
+        return None
+    ran, waited = after[0] - before[0], after[1] - before[1]
+    return waited / (ran + waited)
 
 
 def backend_in_use(backend: str) -> str:

@@ -1,7 +1,7 @@
 """The two data sets of the demo, both real and both on the machine already: nothing is downloaded.
 
 Text: the source of the Python standard library that runs the demo, as bytes. Images: scikit-learn's
-handwritten digits. Which Python runs decides the text, so losses compare inside one run, not between machines.
+handwritten digits. The text is that of the Python that runs, so losses compare only where that is the same.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def stdlib_text(
 ) -> Data:
     """The standard library's own source as bytes, cut into windows at random places.
 
-    Every tenth file is held out whole: windows held out of a file would share names and idioms with the training
-    windows beside them.
+    Every tenth file is held out whole: windows held out of a file would share names and idioms with the
+    training windows beside them.
 
     Args:
         context: bytes a window feeds to the model; the targets are the same bytes one further on.

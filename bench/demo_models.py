@@ -17,8 +17,8 @@ BYTES = 256
 class GPT(nn.Module):
     """A pre-norm decoder-only transformer over bytes, with tied input and output embedding.
 
-    No layer has a bias. A key's bias has an exact gradient of zero (softmax ignores a shift common to a row), so
-    what autograd returns for it is rounding noise, which Adam blows up to full-sized steps: two correct
+    No layer has a bias. A key's bias has an exact gradient of zero (softmax ignores a shift common to a row);
+    what autograd returns for it is rounding noise, which Adam blows up to full-sized steps, and two correct
     optimizers would part in parameters that no loss depends on.
 
     Args:
@@ -80,8 +80,8 @@ class Block(nn.Module):
 class ConvNet(nn.Module):
     """Three convolutions and a linear classifier over 8x8 images of ten digits.
 
-    GELU and strides in place of ReLU and max-pooling: at a kink or a tie, rounding decides which way a gradient
-    goes, and two correct optimizers part there as far as one with a small error does.
+    GELU and strides in place of ReLU and max-pooling: at a kink or a tie, rounding decides which way a
+    gradient goes, and two correct optimizers part there as far as one with a small error does.
 
     Args:
         channels: of the first convolution; the second has twice, the third four times as many.

@@ -32,7 +32,7 @@ PLAIN = "AdamW, no Lookahead"
 K = 5
 ALPHA = 0.5
 SEED = 0
-# What a final training loss is averaged over: that of one batch says as much about the batch as about the weights.
+# What a final training loss is averaged over: one batch's says as much about the batch as about the weights.
 LAST_STEPS = 20
 
 Progress = Callable[[int, dict[str, float]], None]
@@ -80,8 +80,8 @@ class Score:
 class StepTime:
     """Seconds of a step: an average over a period of ``K`` steps, each kind of step by its median.
 
-    A median over all steps would be one of the four in five that do not sync; a mean would be made by the few steps
-    in which something else had the core.
+    A median over all steps would be one of the four in five that do not sync; a mean would be made by the few
+    steps in which something else had the core.
 
     Attributes:
         median: the figure.
@@ -131,8 +131,8 @@ class Deviations:
 
     Attributes:
         loss: absolute difference of the training losses, of every step.
-        weights: distance of the weights at every ``K``-th step, in units of the way that the unfused ones have
-            come from the start.
+        weights: distance of the weights at every ``K``-th step, in units of the way that the unfused ones
+            have come from the start.
     """
 
     loss: list[float]
@@ -286,8 +286,9 @@ def _train(task: Task, data: Data, runs: dict[str, Run], progress: Progress) -> 
     deviations = Deviations([], [])
     names = list(runs)
     for step, batch in zip(range(1, task.steps + 1), data.train, strict=False):
-        # Nobody always comes first, nor always after the same other.
-        for name in (*names[step % 3 :], *names[: step % 3]):
+        # Every run comes at every place and after every other.
+        order = [*names[step % 3 :], *names[: step % 3]]
+        for name in order if step // 3 % 2 else reversed(order):
             runs[name].advance(batch)
         losses = {name: run.losses[-1] for name, run in runs.items()}
         for name, loss in losses.items():

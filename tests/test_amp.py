@@ -70,14 +70,18 @@ def test_found_inf_holds_everything_back(backend: BackendCase, rule: str, dtype:
 
 @pytest.mark.parametrize("found_inf", [1.0, 3.0])
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_found_inf_may_count_devices(backend: BackendCase, found_inf: float, shape: tuple[int, ...]) -> None:
-    """GradScaler adds it up over devices: anything but 0 holds. Others make the two tensors of shape (1,)."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32])
+def test_found_inf_may_count_devices(
+    backend: BackendCase, found_inf: float, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """GradScaler adds it up over devices: anything but 0 holds. Others make the two tensors of shape (1,),
+    or of another dtype, whose bits must not be read as fp32."""
     (p,) = make_params([(5,)], device=backend.device)
     optimizer = make_optimizer("sgd", [p], backend, lr=1.0, k=100)
     start = p.detach().clone()
     p.grad = torch.full_like(p, 4.0)
-    optimizer.grad_scale = torch.full(shape, 8.0, device=backend.device)
-    optimizer.found_inf = torch.full(shape, found_inf, device=backend.device)
+    optimizer.grad_scale = torch.full(shape, 8, device=backend.device, dtype=dtype)
+    optimizer.found_inf = torch.full(shape, int(found_inf), device=backend.device, dtype=dtype)
     before = snapshot(optimizer)
     optimizer.step()
     assert_unchanged(before, snapshot(optimizer))

@@ -133,6 +133,18 @@ def replace_state_tensors(p: torch.nn.Parameter, optimizer: torch.optim.Optimize
         optimizer.state[p][name] = value.clone()
 
 
+def replace_step_dtype(p: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    """A load through somebody's hands leaves the counter in fp32, or as an integer."""
+    state = optimizer.state[p]
+    state["step"] = state["step"].to(torch.int64 if state["step"].item() % 2 else torch.float32)
+
+
+def replace_state_dtype_in_place(p: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
+    """The same tensor objects, other memory and another dtype: fp32 in fp64 is the same numbers."""
+    for value in optimizer.state[p].values():
+        value.data = value.data.to(torch.float32 if value.dim() == 0 else torch.float64)
+
+
 def replace_state_layout(p: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
     for name, value in optimizer.state[p].items():
         dims = tuple(reversed(range(value.dim())))
@@ -156,6 +168,8 @@ MOVES = [
     replace_param_layout,
     replace_state_data,
     replace_state_tensors,
+    replace_step_dtype,
+    replace_state_dtype_in_place,
     replace_state_layout,
     replace_state_by_views,
     replace_state_dicts,
@@ -179,6 +193,31 @@ def test_tensors_move(backend: BackendCase, rule: str, move: Callable, shape: tu
         now = {t.data_ptr() for t in (params[0], *pair.optimizer.state[params[0]].values())}
         for tensor, copy in zip(old, before, strict=True):
             assert tensor.data_ptr() in now or same_tensor_bits(tensor, copy), "written at an old address"
+
+
+@pytest.mark.parametrize("rule", LIVELY)
+def test_data_of_a_gradient_moves(backend: BackendCase, rule: str) -> None:
+    """`p.grad.data = ...` leaves the gradient the same object; memory and strides are others."""
+    pair = Lockstep(backend, rule, ([(6, 8), (4,)], {}), **LIVELY[rule])
+    pair.step()
+    held = [p.grad for p in pair.params]
+    for t in range(5):
+        values = make_grads(pair.params, generator=pair.generator)
+        if t % 2:
+            values[0] = values[0].t().contiguous().t()
+        for p, g, v in zip(pair.params, held, values, strict=True):
+            g.data = v
+            assert p.grad is g
+        pair.follow(held)
+
+
+@pytest.mark.parametrize("rule", LIVELY)
+def test_one_gradient_for_two(backend: BackendCase, rule: str) -> None:
+    """Two parameters may hold the same gradient tensor."""
+    pair = Lockstep(backend, rule, ([(33,), (33,), (33,)], {}), **LIVELY[rule])
+    for _ in range(3):
+        (g,) = make_grads(pair.params[:1], generator=pair.generator)
+        pair.step([g, g, g])
 
 
 @pytest.mark.parametrize("rule", LIVELY)

@@ -124,13 +124,14 @@ def test_one_cycle_moves_the_momentum_too(backend: BackendCase, rule: str) -> No
 
 
 @pytest.mark.parametrize("rule", ["adamw", "adam", "sgd", "wrapped-adamw", "wrapped-sgd"])
-@pytest.mark.parametrize("kind", ["float", "tensor", "fp64 tensor", "replaced tensor"])
+@pytest.mark.parametrize("kind", ["float", "tensor", "fp64 tensor", "bf16 tensor", "replaced tensor"])
 def test_lr_written_by_hand(backend: BackendCase, rule: str, kind: str) -> None:
     """In force at the next step: a float put into the group, a tensor filled in place, a tensor replaced."""
     make: dict[str, Callable[[float], Any]] = {
         "float": float,
         "tensor": torch.tensor,
         "fp64 tensor": lambda lr: torch.tensor(lr, dtype=torch.float64),
+        "bf16 tensor": lambda lr: torch.tensor(lr, dtype=torch.bfloat16),
         "replaced tensor": torch.tensor,
     }
     hyper = {"k": 2, "weight_decay": 0.1}

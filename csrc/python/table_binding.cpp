@@ -189,8 +189,9 @@ bool TableBinding::refresh_gradient(size_t i) {
         return true;
     }
     Description described;
+    // A negated view is the imaginary half of a complex tensor, with even strides: only one element can pass for dense.
     if (row.conform || !reader_.describe(gradient, described) || !fits(described, GRAD, row) ||
-        reader_.is_negated(gradient)) {
+        (rows_[i].numel == 1 && reader_.is_negated(gradient))) {
         // Python says what is wrong with it, or gives a copy in the parameter's layout; None asks for another table.
         py::object conformed = py::reinterpret_steal<py::object>(
             PyObject_CallFunction(conform_, "nO", static_cast<Py_ssize_t>(i), gradient));
