@@ -90,7 +90,8 @@ $(VENV)/.tools: $(VENV)/.python pyproject.toml
 	@touch $@
 
 # find lists the directories too, so that a file added or removed counts as a change.
-COMPILED_WITH := $(shell echo $$(command -v c++ g++ clang++) "$$CXX" "$$CXXFLAGS" "$$LDFLAGS" "$$LOOKAHEAD_FUSED_CPU")
+COMPILED_WITH := $(strip $(shell for compiler in c++ g++ clang++; do command -v $$compiler; done; \
+  echo "$$CXX" "$$CXXFLAGS" "$$LDFLAGS" "$$LOOKAHEAD_FUSED_CPU"))
 ifneq ($(shell cat $(VENV)/.built 2>/dev/null),$(COMPILED_WITH))
 .PHONY: $(VENV)/.built
 endif
@@ -100,6 +101,6 @@ $(VENV)/.built: $(VENV)/.torch $(VENV)/.tools setup.py pyproject.toml $(shell fi
 	  print(*(name + ": " + (record["reason"] or "built") for name, record in modules), sep="\n")'
 	@echo '$(COMPILED_WITH)' > $@
 
-$(VENV)/.extra-%: $(VENV)/.built pyproject.toml
+$(VENV)/.extra-%: pyproject.toml | $(VENV)/.built
 	$(PIP) install --quiet --no-build-isolation --editable ".[$*]"
 	@touch $@

@@ -2,9 +2,9 @@
 
     python bench/demo.py [--quick] [--out FOLDER] [--backend NAME]
 
-Prints what each optimizer reached, took and kept in memory, and writes demo.png and demo.json. Ends with status
-1 if the fused and the unfused run differ by more than rounding (demo_check.py), else 0. No network is needed: the
-text is the standard library's source, the images are scikit-learn's digits.
+Prints what each optimizer reached, took and kept in memory, and writes demo.png and demo.json. Ends with
+status 1 if the fused and the unfused run differ by more than rounding (demo_check.py), else 0. Nothing is
+downloaded: the text is the standard library's source, the images are scikit-learn's digits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 try:
     import demo_report
-    import sklearn  # noqa: F401  said now, and not after minutes of training
+    import sklearn  # type: ignore[import-untyped]  # noqa: F401  missed now, not after minutes of training
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 except ModuleNotFoundError as error:

@@ -1,10 +1,10 @@
 """Whether the fused and the unfused run did the same: the demo's tolerances, where they come from, the check.
 
-Ours and torch's fused AdamW evaluate one formula in different orders, torch's with fused multiply-adds, so each
-step leaves the weights apart by some units in the last place, and training may amplify that. The demo's networks
-are smooth and without directions that only rounding decides (demo_models.py): in them it hardly does. That was
-measured, with torch's fused against torch's foreach AdamW as the yardstick of "the same but for rounding", and
-with optimizers made wrong on purpose by very little. Largest deviations, in both tasks:
+Ours and torch's fused AdamW evaluate one formula in different orders, torch's with fused multiply-adds, so
+each step leaves the weights apart by some units in the last place, and training may amplify that. The demo's
+networks are smooth and without directions that only rounding decides (demo_models.py): it hardly does.
+That was measured, with torch's fused against torch's foreach AdamW as the yardstick of "the same but for
+rounding", and with optimizers made wrong on purpose by very little. Largest deviations, in both tasks:
 
                                             loss                      weights
                                         25 steps     all          25 steps     all

@@ -27,9 +27,10 @@ SMOOTHED = 10
 
 NOTES = f"""\
 Train loss: mean of the last {LAST_STEPS} steps. Slow: held out, with the slow weights.
-Step: optimizer.step() alone, {K - 1} medians of steps without and one of steps with sync, averaged. Share: of a
-whole training step. State: all tensors kept between steps. Growth: the most by which resident memory rises in
-{K} steps (VmHWM, reset by /proc/self/clear_refs, after malloc_trim; in pages, so some ten kB of noise).
+Step: optimizer.step() alone; the medians of steps without and of steps with a sync, weighted {K - 1} : 1.
+Share: of a whole training step. State: all tensors kept between steps.
+Growth: the most by which resident memory rises in {K} steps (VmHWM, reset by /proc/self/clear_refs, after
+malloc_trim; in pages: some ten kB of noise).
 Allocated: what torch's allocator hands out in {K} steps, given back or not, to the byte."""
 
 

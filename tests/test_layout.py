@@ -65,6 +65,10 @@ def embedded(name: str, dtype: torch.dtype, device: str, seed: int = 0) -> tuple
     return buffer, tensor, ~inside.to(device)
 
 
+# What torch has complex numbers of.
+COMPLEX_PARTS = (torch.float32, torch.float64)
+
+
 def gradient_layouts(grad: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """The same values, laid out otherwise."""
     wide = torch.full((*grad.shape, 2), GUARD, dtype=dtype, device=grad.device)
@@ -72,7 +76,10 @@ def gradient_layouts(grad: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     layouts = {
         "contiguous": grad.contiguous().clone(memory_format=torch.contiguous_format),
         "strided": wide[..., 1],
-        "negated": torch._neg_view(-grad),  # the sign is a bit of the tensor, not in its memory
+        # The sign is a bit of the tensor, not in its memory; of one element this view is as dense as any.
+        "negated": torch.complex(torch.zeros_like(grad), -grad).conj().imag
+        if dtype in COMPLEX_PARTS
+        else grad,
     }
     if grad.dim() > 1:
         dims = tuple(reversed(range(grad.dim())))

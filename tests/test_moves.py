@@ -196,6 +196,45 @@ def test_tensors_move(backend: BackendCase, rule: str, move: Callable, shape: tu
 
 
 @pytest.mark.parametrize("rule", LIVELY)
+@pytest.mark.parametrize("held", ["tensors", "one state", "state", "state_dict"])
+@pytest.mark.parametrize("pause", [0, 3])
+def test_state_moves_by_what_was_held(backend: BackendCase, rule: str, held: str, pause: int) -> None:
+    """Who once asked for a part of the state may come back to it steps later, without asking again."""
+    pair = Lockstep(backend, rule, ([(33,), (4, 6)], {}), **LIVELY[rule])
+    optimizer, (p, _) = pair.optimizer, pair.params
+
+    def step_unseen() -> None:
+        for q, oracle in zip(pair.params, pair.oracles, strict=True):
+            (q.grad,) = make_grads([q], generator=pair.generator)
+            oracle.step(to_numpy(q.grad))
+        optimizer.step()
+
+    step_unseen()
+    tensors = own = state = state_dict = None
+    if held == "tensors":
+        tensors = list(optimizer.state[p].values())
+    elif held == "one state":
+        own = optimizer.state[p]
+    elif held == "state":
+        state = optimizer.state
+    else:
+        state_dict = optimizer.state_dict()
+    for _ in range(2):
+        for _ in range(pause):
+            step_unseen()
+        if own is None and state is not None:
+            own = state[p]
+        if own is not None:
+            own.update({name: value.clone() for name, value in own.items()})
+            if state is not None:
+                own = None
+        for value in tensors or (state_dict["state"][0].values() if state_dict else ()):
+            value.data = value.data.clone()
+        step_unseen()
+    pair.check()
+
+
+@pytest.mark.parametrize("rule", LIVELY)
 def test_data_of_a_gradient_moves(backend: BackendCase, rule: str) -> None:
     """`p.grad.data = ...` leaves the gradient the same object; memory and strides are others."""
     pair = Lockstep(backend, rule, ([(6, 8), (4,)], {}), **LIVELY[rule])
