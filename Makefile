@@ -25,7 +25,7 @@ help: ## this list
 demo: $(VENV)/.extra-demo ## train with and without Lookahead and compare (QUICK=1: a short run)
 	$(PY) bench/demo.py $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
-test: $(VENV)/.extra-test ## the whole test suite
+test: $(VENV)/.extra-test $(VENV)/.extra-demo ## the whole test suite
 	LOOKAHEAD_FUSED_EXPECTED_IN=$(CURDIR) $(PY) $(PYTEST) $(ARGS)
 
 lint: $(VENV)/.extra-lint ## ruff, mypy and clang-format, changing nothing
@@ -54,7 +54,7 @@ test-torches: $(VENV)/.tools ## the whole suite against one wheel under each rel
 	  echo "== $$(basename build/torches/*.whl) under torch $$release"; \
 	  $(PYTHON) -m venv $$venv; \
 	  $$venv/bin/python -m pip --disable-pip-version-check install --quiet "torch==$$release" \
-	    "$$(echo $(CURDIR)/build/torches/*.whl)[test]"; \
+	    "$$(echo $(CURDIR)/build/torches/*.whl)[test,demo]"; \
 	  (cd $$venv && PYTHONSAFEPATH=1 LOOKAHEAD_FUSED_EXPECTED_IN=$$venv bin/python $(PYTEST) \
 	    --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml $(ARGS) $(CURDIR)/tests); \
 	  rm -rf $$venv; \

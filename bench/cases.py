@@ -70,6 +70,7 @@ CASES = {
     "gpt2-small": Case("GPT-2 small", gpt2(layers=12, width=768)),
     "one-large": Case("one tensor of 64 Mi", equal(1, 64 * 2**20)),
     "many-small": Case("1000 tensors of 64", equal(1000, 64)),
+    "scalars-1": Case("1 tensor of 1", equal(1, 1)),
     "scalars-1000": Case("1000 tensors of 1", equal(1000, 1)),
     "scalars-4000": Case("4000 tensors of 1", equal(4000, 1)),
     "groups-465": Case("465 small tensors", equal(465, 64)),

@@ -126,7 +126,7 @@ def train(chosen: Sequence[Task], backend: str, console: Console) -> list[TaskRe
     """Train the tasks one after the other, each under a progress bar that shows the three losses."""
     results = []
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

@@ -56,7 +56,7 @@ def stdlib_text(
     """
     train, held_out, files = read_stdlib(Path(sysconfig.get_paths()["stdlib"]), max_bytes)
     window = context + 1
-    spread = torch.linspace(0, len(held_out) - window, held_out_batches * batch).long().split(batch)
+    spread = torch.linspace(0, len(held_out) - window, held_out_batches * batch).long().view(-1, batch)
     size = (len(train) + len(held_out)) / 1e6
     source = f"{files} files of the standard library, {size:.1f} MB, every {HELD_OUT_EVERY}th file held out"
     return Data(
@@ -94,9 +94,8 @@ def digits(*, batch: int, seed: int, held_out: int = 360) -> Data:
         seed: of the order of the training images; which images are held out never changes.
         held_out: how many images are held out, in one batch.
     """
-    from sklearn.datasets import (
-        load_digits,
-    )  # here and not above: it takes seconds, and the text needs none of it
+    # Not above: it takes seconds, and the text needs none of it.
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
     raw = load_digits()
     images = torch.from_numpy(raw.images).float().div_(16).unsqueeze(1)
@@ -124,6 +123,7 @@ def _epochs(images: Tensor, classes: Tensor, batch: int, seed: int) -> Iterator[
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(images), generator=generator)
-        for chosen in order.split(batch):
-            if len(chosen) == batch:
-                yield images[chosen], classes[chosen]
+        # The rest of an epoch that fills no batch is left out of it.
+        for at in range(0, len(order) - batch + 1, batch):
+            chosen = order[at : at + batch]
+            yield images[chosen], classes[chosen]

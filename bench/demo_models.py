@@ -50,7 +50,8 @@ class GPT(nn.Module):
         x = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.blocks:
             x = block(x)
-        return F.linear(self.norm(x), self.token.weight)
+        logits: Tensor = F.linear(self.norm(x), self.token.weight)
+        return logits
 
 
 class Block(nn.Module):
@@ -74,7 +75,8 @@ class Block(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
+        x = x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x))))
+        return x
 
 
 class ConvNet(nn.Module):
@@ -101,4 +103,5 @@ class ConvNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images as float32 of shape (batch, 1, 8, 8) to logits of shape (batch, 10)."""
-        return self.classifier(self.features(images).flatten(1))
+        logits: Tensor = self.classifier(self.features(images).flatten(1))
+        return logits

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 # Colours that stay apart for colour-blind readers and in grey.
 COLOURS = {FUSED: "#20639b", UNFUSED: "#f2a541", PLAIN: "#8a8a8a"}
@@ -26,12 +27,12 @@ INK = "#1a1a1a"
 SMOOTHED = 10
 
 NOTES = f"""\
-Train loss: mean of the last {LAST_STEPS} steps. Slow: held out, with the slow weights.
+Train loss: mean of the last {LAST_STEPS} steps. Slow: held out, with the slow weights. Accuracy: held out.
 Step: optimizer.step() alone; the medians of steps without and of steps with a sync, weighted {K - 1} : 1.
 Share: of a whole training step. State: all tensors kept between steps.
 Growth: the most by which resident memory rises in {K} steps (VmHWM, reset by /proc/self/clear_refs, after
 malloc_trim; in pages: some ten kB of noise).
-Allocated: what torch's allocator hands out in {K} steps, given back or not, to the byte."""
+Alloc.: what torch's allocator hands out in {K} steps, given back or not, to the byte."""
 
 
 def print_tables(results: Sequence[TaskResult], conditions: str, console: Console) -> None:
@@ -121,11 +122,11 @@ def _table(result: TaskResult) -> Table:
         f"{result.task.title}: {result.parameters / 1e6:.2f} M parameters in {result.tensors} tensors, "
         f"{result.task.steps} steps\n{result.source}"
     )
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
-    headings = ["train\nloss", "held out", "slow"]
-    headings += ["accuracy", "slow"] if classifies else []
-    headings += ["step\nms", "share\n%", "state\nMB", "growth\nMB", "allocated\nMB"]
+    headings = ["train\nloss", "held out\nloss", "slow\nloss"]
+    headings += ["accuracy\n%", "slow\n%"] if classifies else []
+    headings += ["step\nms", "share\n%", "state\nMB", "growth\nMB", "alloc.\nMB"]
     for heading in headings:
         table.add_column(heading, justify="right")
     for name, run in result.runs.items():
@@ -147,7 +148,7 @@ def _table(result: TaskResult) -> Table:
 
 
 def _percent(score: Score | None) -> str:
-    return "–" if score is None else f"{score.accuracy * 100:.1f} %"
+    return "–" if score is None else f"{score.accuracy * 100:.1f}"
 
 
 def _draw_curves(result: TaskResult, axes: Axes) -> None:

@@ -173,7 +173,7 @@ class Run:
         start = time.perf_counter()
         self.model.zero_grad()
         loss = _loss(self.model, inputs, targets)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         before = time.perf_counter()
         self.optimizer.step()
         end = time.perf_counter()

@@ -75,8 +75,12 @@ class FusedLookahead(SlowWeights):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, as in torch.optim; raises what the constructor raises."""
+        if param_group.get("differentiable"):
+            raise ValueError("differentiable must be False, got True: a fused step cannot be differentiated through")
         self._table.check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        for switch in checkpoint.TORCH_SWITCHES:
+            self.param_groups[-1].pop(switch, None)
 
     # A graph break, and nothing to trace: the step hands addresses to compiled code.
     @torch._disable_dynamo  # type: ignore[misc]

@@ -39,11 +39,14 @@ class SlowWeights(Optimizer):
         try:
             if self._depth == 1:
                 self._fast = []
+                # The first to see a state dict, before hooks that copy its tensors, and whoever asks for it.
+                saving = self._state_keeper.register_state_dict_post_hook(self._on_slow_weights, prepend=True)
                 self._swap_in()
             yield
         finally:
             self._depth -= 1
             if self._depth == 0:
+                saving.remove()
                 self._swap_out()
 
     @torch.no_grad()
@@ -61,14 +64,18 @@ class SlowWeights(Optimizer):
             reference.sync(row, group[settings.alpha], group[settings.pullback_momentum])
             row.write_back()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state, as in torch.optim; readable with ``torch.load(weights_only=True)``."""
-        return self._on_slow_weights(super().state_dict())
+    @property
+    def _state_keeper(self) -> Optimizer:
+        """The optimizer whose state dict holds the slow weights."""
+        return self
 
-    def _on_slow_weights(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_inside_slow_weights("copying or pickling")
+        state: dict[str, Any] = super().__getstate__()
+        return state
+
+    def _on_slow_weights(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Inside `slow_weights()` a parameter may hold phi and `slow_param` theta: what is saved is phi."""
-        if self._depth == 0:
-            return state_dict
         traded = {id(slow): param for param, slow, swapped in self._fast if swapped}
         state = {
             index: {name: _as_saved(value, traded) for name, value in entries.items()}

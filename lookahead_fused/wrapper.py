@@ -104,6 +104,8 @@ class Lookahead(SlowWeights):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group to the base, as in torch.optim; raises what the constructor raises."""
+        if param_group.get("differentiable"):
+            raise ValueError("differentiable must be False, got True: a fused step cannot be differentiated through")
         self._table.check_group({**self.defaults, **param_group})
         self.base_optimizer.add_param_group(param_group)
         self._complete_groups()
@@ -195,6 +197,19 @@ class Lookahead(SlowWeights):
                     started.append((param, start_slow(param, moment, group[SETTINGS.pullback_momentum] == "pullback")))
         return started
 
+    def sync(self) -> None:
+        """Interpolates now: every parameter that had a step gets phi <- phi + alpha (theta - phi), theta <- phi.
+
+        Step counts stay, so the next sync of the rhythm comes when it would have come.
+
+        Raises:
+            RuntimeError: Inside `slow_weights()`.
+            ValueError: pullback_momentum names a moment that the base does not keep.
+        """
+        if not self._is_fused and any("slow_param" in own for own in self.state.values()):
+            self._find_first_moment()
+        super().sync()
+
     def _find_first_moment(self) -> None:
         """Which of the base's tensors is the first moment shows once it has made one."""
         if all(group[SETTINGS.pullback_momentum] == "none" for group in self.param_groups):
@@ -210,9 +225,9 @@ class Lookahead(SlowWeights):
             self._table = Table(rules.sync_only(SETTINGS, name), SETTINGS)
 
     def _complete_groups(self) -> None:
-        """A group that was added to the base, or loaded from a checkpoint of it, has none of Lookahead's entries."""
+        """A group that was added to the base, or loaded from a checkpoint of it, lacks entries of Lookahead."""
         for group in self.param_groups:
-            if SETTINGS.k not in group:
+            if not self._own_defaults.keys() <= group.keys():
                 for key, value in self._own_defaults.items():
                     group.setdefault(key, value)
 
@@ -220,9 +235,10 @@ class Lookahead(SlowWeights):
         """The base's state dict, with Lookahead's entries among its groups and state."""
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        state_dict = self._on_slow_weights(self.base_optimizer.state_dict())
+        state_dict: dict[str, Any] = self.base_optimizer.state_dict()
         for hook in self._optimizer_state_dict_post_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -233,16 +249,25 @@ class Lookahead(SlowWeights):
             ValueError: The checkpoint's groups are not the base's.
         """
         self._refuse_inside_slow_weights("load_state_dict()")
+        # A shallow copy, as torch gives its hooks, which may write into it.
+        state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
         base = self.base_optimizer
-        checkpoint.load(base, base.load_state_dict, state_dict, SETTINGS)
+        exact_names = None if self._is_fused else (self._table.rule.step_name, "slow_param", "slow_momentum")
+        checkpoint.load(base, base.load_state_dict, state_dict, SETTINGS, exact_names)
         self._complete_groups()
         self._table.invalidate()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
+    @property
+    def _state_keeper(self) -> Optimizer:
+        return self.base_optimizer
+
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_inside_slow_weights("copying or pickling")
         return {"base_optimizer": self.base_optimizer, "_own_defaults": self._own_defaults}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    DTYPE_NAMES,
     BackendCase,
     Lockstep,
     assert_unchanged,
@@ -46,12 +47,13 @@ def spoil(grads: list[torch.Tensor]) -> list[torch.Tensor]:
     return grads
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rule", "dtype"),
+    # The dtypes of a wrapped base's 16-bit state are torch's business.
+    [(r, d) for r in RULES for d in DTYPE_NAMES if d.itemsize > 2 or not r.startswith("wrapped")],
+)
 def test_found_inf_holds_everything_back(backend: BackendCase, rule: str, dtype: torch.dtype) -> None:
     """Nothing changes, nothing is created: not in the first step, not before a sync, not after one."""
-    if rule.startswith("wrapped") and dtype.itemsize == 2:
-        pytest.skip("the dtype of a wrapped base's state is torch's business")
     params = make_params(dtype=dtype, device=backend.device)
     optimizer = make_optimizer(rule, params, backend, **RULES[rule])
     generator = seeded(1)
