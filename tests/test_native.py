@@ -1,0 +1,230 @@
+"""The CPU backend's own promises: the same bits whatever walks the table, exact 16-bit conversions, no memory."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_params, make_tensor, same_tensor_bits, seeded, set_grad
+from torch import Tensor
+
+import lookahead_fused
+from lookahead_fused import build, table
+from lookahead_fused.backends import cpu
+
+native = build.module("_cpu")
+pytestmark = pytest.mark.skipif(native is None, reason=build.reason("_cpu"))
+
+# Sizes around every register width and the chunk sizes below, and one that several threads share.
+SIZES = (1, 3, 4, 7, 8, 15, 16, 17, 31, 33, 100, 1000, 4097, 150_001)
+CLASSES = {
+    "adamw": (lookahead_fused.LookaheadAdamW, {"amsgrad": True, "weight_decay": 0.1}),
+    "sgd": (lookahead_fused.LookaheadSGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def restore() -> Iterator[None]:
+    threads, chunk = torch.get_num_threads(), table.chunk_elements
+    yield
+    torch.set_num_threads(threads)
+    table.chunk_elements, table.use_exchange_api, cpu.instruction_set = chunk, True, None
+
+
+def run(
+    rule: str,
+    dtype: torch.dtype,
+    *,
+    order: int = 1,
+    master_weights: bool = False,
+    grad_dtype: torch.dtype | None = None,
+    groups: int = 1,
+) -> list[list[Tensor]]:
+    """Five steps over all sizes, in the parameters' order or against it; returns parameters and state in their order."""
+    params = make_params([(size,) for size in SIZES], dtype)
+    cls, hyper = CLASSES[rule]
+    ordered = params[::order]
+    optimizer = cls(
+        [{"params": ordered[i::groups]} for i in range(groups)],
+        lr=0.01,
+        k=2,
+        alpha=0.3,
+        pullback_momentum="pullback",
+        master_weights=master_weights,
+        backend="cpu",
+        **hyper,
+    )
+    generator = seeded(1)
+    for _ in range(5):
+        for p in params:
+            set_grad(p, make_tensor(p.shape, grad_dtype or dtype, generator=generator))
+        optimizer.step()
+    return [[p.detach(), *optimizer.state[p].values()] for p in params]
+
+
+def assert_same_bits(ours: list[list[Tensor]], theirs: list[list[Tensor]]) -> None:
+    for a, b in zip(itertools.chain(*ours), itertools.chain(*theirs), strict=True):
+        assert same_tensor_bits(a, b)
+
+
+@pytest.mark.parametrize("rule", CLASSES)
+@pytest.mark.parametrize(
+    ("dtype", "grad_dtype", "master_weights"),
+    [(dtype, None, False) for dtype in DTYPES]
+    + [(dtype, None, True) for dtype in DTYPES[2:]]
+    + [(torch.bfloat16, torch.float32, False), (torch.float64, torch.float32, False)],
+)
+def test_instruction_sets_agree(
+    rule: str, dtype: torch.dtype, grad_dtype: torch.dtype | None, master_weights: bool
+) -> None:
+    if grad_dtype is not None and not hasattr(Tensor, "grad_dtype"):
+        pytest.skip("this torch keeps gradients in their parameter's dtype")
+    assert native is not None
+    sets = native.instruction_sets()
+    assert sets[0] == "baseline"
+    results = []
+    for cpu.instruction_set in sets:
+        results.append(run(rule, dtype, grad_dtype=grad_dtype, master_weights=master_weights))
+    for name, result in zip(sets[1:], results[1:], strict=True):
+        print(name)
+        assert_same_bits(result, results[0])
+
+
+@pytest.mark.parametrize("rule", CLASSES)
+def test_walks_agree(rule: str) -> None:
+    """Threads, chunk size, order, grouping and the way in which tensors are described leave no trace."""
+    expected = run(rule, torch.float32)
+    for threads, chunk, order, groups in [(1, 1, 1, 1), (2, 17, -1, 3), (3, 1000, 1, 5), (8, 1 << 20, -1, 14)]:
+        torch.set_num_threads(threads)
+        table.chunk_elements = chunk
+        assert_same_bits(run(rule, torch.float32, order=order, groups=groups), expected)
+    table.use_exchange_api = False
+    assert_same_bits(run(rule, torch.float32), expected)
+
+
+def test_an_instruction_set_that_is_not_there_is_refused() -> None:
+    cpu.instruction_set = "avx1024"
+    with pytest.raises(ValueError, match="avx1024"):
+        run("sgd", torch.float32)
+
+
+def patterns(dtype: torch.dtype) -> Tensor:
+    """Every number of a 16-bit format that is finite."""
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    values = bits.view(dtype)
+    return values[values.isfinite()]
+
+
+def instruction_sets() -> list[str]:
+    return [] if native is None else native.instruction_sets()
+
+
+@pytest.mark.parametrize("instruction_set", instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number_is_widened_exactly(dtype: torch.dtype, instruction_set: str) -> None:
+    cpu.instruction_set = instruction_set
+    values = patterns(dtype)
+    param = torch.nn.Parameter(values.clone())
+    param.grad = torch.zeros_like(param)
+    optimizer = lookahead_fused.LookaheadSGD([param], lr=0.0, k=10, backend="cpu")
+    optimizer.step()
+    assert same_tensor_bits(optimizer.state[param]["slow_param"], values.float())
+    assert same_tensor_bits(param.detach(), values)
+
+
+@pytest.mark.parametrize("instruction_set", instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fp32_is_rounded_to_16_bits_as_torch_rounds(dtype: torch.dtype, instruction_set: str) -> None:
+    """Halfway cases, subnormal results, overflow, infinities; of a NaN, that it stays one."""
+    if not hasattr(Tensor, "grad_dtype"):
+        pytest.skip("this torch keeps gradients in their parameter's dtype")
+    cpu.instruction_set = instruction_set
+    finite = patterns(dtype).double()
+    ascending = finite.sort().values
+    halfway = ((ascending[1:] + ascending[:-1]) / 2).float()
+    random = torch.randint(-(1 << 31), 1 << 31, (1 << 20,), generator=seeded(0), dtype=torch.int64)
+    values = torch.cat(
+        [
+            halfway,
+            torch.nextafter(halfway, torch.tensor(float("inf"))),
+            torch.nextafter(halfway, torch.tensor(float("-inf"))),
+            random.to(torch.int32).view(torch.float32),
+            torch.tensor([65519.996, 65520.0, 3.4e38, float("inf"), float("-inf"), float("nan"), 1e-45, 2**-25]),
+        ]
+    )
+    param = torch.nn.Parameter(torch.zeros(values.shape, dtype=dtype))
+    set_grad(param, -values)
+    lookahead_fused.LookaheadSGD([param], lr=1.0, k=10, backend="cpu").step()
+    got, expected = param.detach(), (0.0 + values).to(dtype)
+    nans = expected.isnan()
+    assert torch.equal(got.isnan(), nans)
+    assert torch.equal(got[~nans].view(torch.int16), expected[~nans].view(torch.int16))
+
+
+def test_subnormal_numbers_survive_a_thread_that_flushes_them() -> None:
+    """torch.set_flush_denormal is one thread's setting; bits must not depend on who took an element."""
+    values, grad = torch.full((300_000,), 1e-40), torch.full((300_000,), 1e-39)
+
+    def steps() -> Tensor:
+        param = torch.nn.Parameter(values.clone())
+        param.grad = grad
+        lookahead_fused.LookaheadSGD([param], lr=0.5, backend="cpu").step()
+        return param.detach()
+
+    expected = steps()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this machine cannot flush subnormal numbers")
+    try:
+        flushed = steps()
+    finally:
+        torch.set_flush_denormal(False)
+    assert same_tensor_bits(flushed, expected)
+    assert bool((expected != 0).all())
+
+
+def test_two_threads_may_step_at_once() -> None:
+    def train(seed: int, out: dict[int, Tensor]) -> None:
+        param = torch.nn.Parameter(make_tensor((300_000,), generator=seeded(seed)))
+        optimizer = lookahead_fused.LookaheadAdamW([param], lr=0.1, k=2, backend="cpu")
+        for _ in range(8):
+            param.grad = param.detach() * 0.5
+            optimizer.step()
+        out[seed] = param.detach()
+
+    alone: dict[int, Tensor] = {}
+    together: dict[int, Tensor] = {}
+    for seed in range(4):
+        train(seed, alone)
+    threads = [threading.Thread(target=train, args=(seed, together)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(same_tensor_bits(together[seed], alone[seed]) for seed in range(4))
+
+
+def test_a_step_takes_no_memory_that_grows_with_the_model() -> None:
+    peak = re.compile(r"VmHWM:\s+(\d+) kB")
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    params = [torch.nn.Parameter(torch.ones(1_000_000)) for _ in range(8)]
+    optimizer = lookahead_fused.LookaheadAdamW(params, k=2, backend="cpu")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for _ in range(4):
+        optimizer.step()
+    try:
+        reset.write_text("5")
+    except OSError as error:
+        pytest.skip(f"the kernel does not tell a peak anew: {error}")
+    before = int(peak.search(status.read_text()).group(1))  # type: ignore[union-attr]
+    for _ in range(4):
+        optimizer.step()
+    after = int(peak.search(status.read_text()).group(1))  # type: ignore[union-attr]
+    # One of the parameters alone is 4,000 kB.
+    assert after - before < 1_000, f"the peak rose by {after - before} kB"
