@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import checkpoint, rules
-from .slow_weights import SlowWeights
+from .slow_weights import SlowWeights, opaque_to_compile
 from .table import Table
 
 Pullback = Literal["none", "pullback", "reset"]
@@ -82,10 +82,9 @@ class FusedLookahead(SlowWeights):
         for switch in checkpoint.TORCH_SWITCHES:
             self.param_groups[-1].pop(switch, None)
 
-    # A graph break, and nothing to trace: the step hands addresses to compiled code.
-    @torch._disable_dynamo  # type: ignore[misc]
+    @opaque_to_compile
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Advances every parameter that has a gradient by one step, and syncs those whose turn it is.
 
         Args:
@@ -118,7 +117,7 @@ class FusedLookahead(SlowWeights):
     _state_was_read = True
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """Each parameter's state, as in torch.optim."""
         self._state_was_read = True
         return self._state

@@ -41,7 +41,8 @@ class Row:
         return not is_dense(local_tensor(self.owner))
 
     def write_back(self) -> None:
-        """Hands the update to an owner that `param` is a copy of."""
+        """Hands the update to an owner that `param` is a copy of, and lets go of the gradient that made it."""
+        self.gradient = None
         if self.is_copy:
             local_tensor(self.owner).copy_(self.param)
 
@@ -163,7 +164,9 @@ class _State:
         """A tensor in the parameter's layout; where there is none yet it starts as a copy of `start`, or as zeros."""
         value = self.entries.get(name)
         if value is None:
-            local = torch.zeros_like(self.param, dtype=dtype) if start is None else copy_in_layout(start, self.param, dtype)
+            local = (
+                torch.zeros_like(self.param, dtype=dtype) if start is None else copy_in_layout(start, self.param, dtype)
+            )
             self.entries[name] = self._like_owner(local)
             return local
         local = local_tensor(value)

@@ -175,11 +175,9 @@ def check_group(group: Mapping[str, Any], fields: tuple[Field, ...]) -> None:
             _check_switch(field, value)
         elif isinstance(value, torch.Tensor):
             _check_tensor(field, value)
-        elif isinstance(value, bool) or not isinstance(value, numbers.Real):
+        elif isinstance(value, bool) or not isinstance(value, numbers.Integral if field.slot == "k" else numbers.Real):
             raise TypeError(f"{field.key} must be {field.expected}, got {_shown(value)}")
-        elif field.slot == "k" and not isinstance(value, numbers.Integral):
-            raise TypeError(f"{field.key} must be {field.expected}, got {_shown(value)}")
-        elif not field.low <= value <= field.high:
+        elif not field.low <= float(value) <= field.high:
             raise ValueError(f"{field.key} must be {field.expected}, got {value!r}")
     if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError(
@@ -224,9 +222,10 @@ def _check_switch(field: Field, value: Any) -> None:
     if field.expected == _PULLBACK_EXPECTED:
         if value not in PULLBACK_MODES:
             raise ValueError(f"{field.key} must be {field.expected}, got {value!r}")
-    elif field.expected.startswith("True"):
-        if not isinstance(value, numbers.Integral) or value not in (0, 1):
-            raise TypeError(f"{field.key} must be {field.expected}, got {_shown(value)}")
+        return
+    is_truth_value = isinstance(value, numbers.Integral) and value in (0, 1)
+    if field.expected.startswith("True") and not is_truth_value:
+        raise TypeError(f"{field.key} must be {field.expected}, got {_shown(value)}")
 
 
 def _shown(value: Any) -> str:

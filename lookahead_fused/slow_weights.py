@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +13,17 @@ from torch.optim import Optimizer
 from .backends import reference
 from .table import Table
 from .tensors import local_tensor
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def opaque_to_compile(function: _Function) -> _Function:
+    """A graph break in torch.compile: a step hands addresses to compiled code, and there is nothing to trace.
+
+    torch's own optimizers use this decorator. The public torch.compiler.disable imports the compiler at once, which
+    takes seconds.
+    """
+    return cast(_Function, torch._disable_dynamo(function))  # type: ignore[attr-defined]
 
 
 class SlowWeights(Optimizer):
@@ -85,7 +96,9 @@ class SlowWeights(Optimizer):
 
     def _refuse_inside_slow_weights(self, call: str) -> None:
         if self._depth > 0:
-            raise RuntimeError(f"{call} inside slow_weights(): leave the block first, the parameters hold the slow weights")
+            raise RuntimeError(
+                f"{call} inside slow_weights(): leave the block first, the parameters hold the slow weights"
+            )
 
     @torch.no_grad()
     def _swap_in(self) -> None:

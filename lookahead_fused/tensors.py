@@ -29,7 +29,9 @@ def is_dense(tensor: Tensor) -> bool:
     if tensor.is_neg():
         return False
     expected = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1):
+    for stride, size in sorted(
+        (stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
+    ):
         if stride != expected:
             return False
         expected *= size
@@ -71,7 +73,9 @@ def check_parameter(param: Tensor, name: str) -> None:
 def check_gradient(gradient: Tensor, param: Tensor, name: str) -> None:
     """Raises TypeError or ValueError for a gradient that its parameter cannot be updated with."""
     if gradient.layout != torch.strided:
-        raise TypeError(f"the gradient of {name} must be dense, got layout {gradient.layout}; use torch.optim.SparseAdam")
+        raise TypeError(
+            f"the gradient of {name} must be dense, got layout {gradient.layout}; use torch.optim.SparseAdam"
+        )
     allowed = (param.dtype, torch.float32)
     if gradient.dtype not in allowed:
         names = " or ".join(dict.fromkeys(str(dtype) for dtype in allowed))

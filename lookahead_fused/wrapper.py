@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from . import checkpoint, rules
 from .optimizers import Pullback
 from .rows import start_slow
-from .slow_weights import SlowWeights
+from .slow_weights import SlowWeights, opaque_to_compile
 from .table import Table
 
 # The base keeps its own names in the groups, and RMSprop and ASGD have an alpha.
@@ -50,6 +50,9 @@ class Lookahead(SlowWeights):
         ValueError: A value is out of bounds, or the base is differentiable.
     """
 
+    base_optimizer: Optimizer
+    _own_defaults: dict[str, Any]
+
     def __init__(
         self,
         base_optimizer: Optimizer,
@@ -80,7 +83,7 @@ class Lookahead(SlowWeights):
         self._complete_groups()
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The base's parameter groups, whichever list that is by now."""
         return self.base_optimizer.param_groups
 
@@ -89,7 +92,7 @@ class Lookahead(SlowWeights):
         self.base_optimizer.param_groups = groups
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The base's state, with Lookahead's beside it."""
         return self.base_optimizer.state
 
@@ -110,9 +113,9 @@ class Lookahead(SlowWeights):
         self.base_optimizer.add_param_group(param_group)
         self._complete_groups()
 
-    @torch._disable_dynamo  # type: ignore[misc]
+    @opaque_to_compile
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the base optimizer on every parameter with a gradient, and a sync of those whose turn it is.
 
         Args:
@@ -162,7 +165,7 @@ class Lookahead(SlowWeights):
         for name, value in forwarded.items():
             setattr(base, name, value)
         try:
-            loss = base.step() if closure is None else base.step(closure)  # type: ignore[arg-type]
+            loss = base.step() if closure is None else base.step(closure)
         finally:
             for name in forwarded:
                 delattr(base, name)
@@ -236,8 +239,8 @@ class Lookahead(SlowWeights):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state_dict: dict[str, Any] = self.base_optimizer.state_dict()
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            replaced = hook(self, state_dict)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         return state_dict
 
@@ -259,8 +262,8 @@ class Lookahead(SlowWeights):
         checkpoint.load(base, base.load_state_dict, state_dict, SETTINGS, exact_names)
         self._complete_groups()
         self._table.invalidate()
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     @property
     def _state_keeper(self) -> Optimizer:

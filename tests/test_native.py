@@ -46,7 +46,7 @@ def run(
     grad_dtype: torch.dtype | None = None,
     groups: int = 1,
 ) -> list[list[Tensor]]:
-    """Five steps over all sizes, in the parameters' order or against it; returns parameters and state in their order."""
+    """Five steps over all sizes, in their order or against it; returns parameters and state in their order."""
     params = make_params([(size,) for size in SIZES], dtype)
     cls, hyper = CLASSES[rule]
     ordered = params[::order]

@@ -260,8 +260,8 @@ bool TableBinding::read(size_t index) {
 void TableBinding::read_in_python(size_t index) {
     GroupSource& source = sources_[index];
     Group& group = groups_[index];
-    const py::object read = py::reinterpret_steal<py::object>(
-        PyObject_CallFunctionObjArgs(read_group_, source.dict, nullptr));
+    const py::object read =
+        py::reinterpret_steal<py::object>(PyObject_CallFunctionObjArgs(read_group_, source.dict, nullptr));
     if (!read) throw py::error_already_set();
     const py::tuple values = read;
     source.lr_each_step = false;
@@ -279,8 +279,8 @@ void TableBinding::read_in_python(size_t index) {
         }
         if (field.slot == 0 && reads_gradient_ && value && reader_.is_tensor(value.ptr())) {
             Description described;
-            const bool readable = reader_.describe(value.ptr(), described) && described.same_device(device_) &&
-                                  described.numel() == 1;
+            const bool readable =
+                reader_.describe(value.ptr(), described) && described.same_device(device_) && described.numel() == 1;
             group.lr_is_double = described.dtype == dlpack_dtype(Dtype::FLOAT64);
             if (readable && (group.lr_is_double || described.dtype == dlpack_dtype(Dtype::FLOAT32))) {
                 group.lr = described.data;
@@ -348,7 +348,8 @@ void bind_table(py::module_& module) {
     module.def("rules", [] {
         py::dict rules;
         for (const auto& rule : rule_names()) {
-            rules[py::str(rule.name)] = py::make_tuple(py::tuple(py::cast(rule.hypers)), py::tuple(py::cast(rule.moments)));
+            rules[py::str(rule.name)] =
+                py::make_tuple(py::tuple(py::cast(rule.hypers)), py::tuple(py::cast(rule.moments)));
         }
         return rules;
     });

@@ -29,7 +29,7 @@ struct Field {
         PRESENCE,  // a NUMBER whose being zero or not decides what state there is
         SWITCH     // anything else: another value needs another table
     };
-    PyObject* key;  // borrowed from the fields tuple
+    PyObject* key;    // borrowed from the fields tuple
     Py_ssize_t item;  // index into a pair such as betas, or -1
     int slot;         // index into Group::hyper, or one of the below
     Kind kind;

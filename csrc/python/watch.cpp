@@ -95,14 +95,13 @@ bool Watch::state_is_private(py::dict state) const {
     for (const Entry& entry : entries_) {
         // Once in the dict and once among a row's columns. What is not a plain tensor (a DTensor's state) has parts
         // that are counted elsewhere.
-        if (entry.value != nullptr && (!reader_.is_plain_tensor(entry.value) || Py_REFCNT(entry.value) > 2)) return false;
+        if (entry.value != nullptr && (!reader_.is_plain_tensor(entry.value) || Py_REFCNT(entry.value) > 2))
+            return false;
     }
     return true;
 }
 
-int Watch::traverse(visitproc visit, void* argument) const {
-    return visit_all({held_.ptr()}, visit, argument);
-}
+int Watch::traverse(visitproc visit, void* argument) const { return visit_all({held_.ptr()}, visit, argument); }
 
 void Watch::clear() {
     groups_.clear();

@@ -18,10 +18,10 @@ namespace lookahead_fused {
 inline namespace LF_ISA {
 
 struct StepInputs {
-    int64_t step;        // applied updates of this parameter, this one counted
-    double lr;           // the group's learning rate, read from its tensor where it is one
-    double grad_scale;   // what an AMP loss scaler multiplied the gradients by; 1 without one
-    int32_t first;       // this is the parameter's first update, and its moments were not loaded
+    int64_t step;       // applied updates of this parameter, this one counted
+    double lr;          // the group's learning rate, read from its tensor where it is one
+    double grad_scale;  // what an AMP loss scaler multiplied the gradients by; 1 without one
+    int32_t first;      // this is the parameter's first update, and its moments were not loaded
 };
 
 LF_HD double gradient_factor(bool maximize, const StepInputs& at) {

@@ -13,8 +13,8 @@ struct Sgd {
     static constexpr bool reads_gradient = true;
 
     enum Hyper { LR, MOMENTUM, DAMPENING, WEIGHT_DECAY, NESTEROV, MAXIMIZE, HYPERS };
-    static constexpr const char* hyper_names[HYPERS] = {
-        "lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"};
+    static constexpr const char* hyper_names[HYPERS] = {"lr",           "momentum", "dampening",
+                                                        "weight_decay", "nesterov", "maximize"};
 
     enum Moment { MOMENTUM_BUFFER, MOMENTS };
     static constexpr const char* moment_names[MOMENTS] = {"momentum_buffer"};

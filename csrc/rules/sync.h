@@ -1,5 +1,6 @@
-// Lookahead's slow weights (Zhang, Lucas, Hinton, Ba 2019, algorithm 1): phi <- phi + alpha (theta - phi), theta <- phi,
-// and what becomes of the inner optimizer's first moment there; and the rule of an inner optimizer that is not ours.
+// Lookahead's slow weights (Zhang, Lucas, Hinton, Ba 2019, algorithm 1): phi <- phi + alpha (theta - phi), theta <-
+// phi, and what becomes of the inner optimizer's first moment there; and the rule of an inner optimizer that is not
+// ours.
 #pragma once
 
 #include "numeric.h"

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..table import Part, Row
+    from ..rows import Row
+    from ..table import Part
 
 NAME = "reference"
 DEVICES = None
@@ -113,8 +114,9 @@ def _square_root(x: Tensor) -> Tensor:
         return x.sqrt()
     if x.dtype == torch.float32:
         return x.double().sqrt().float()
-    roots = [math.sqrt(value) if value >= 0 else math.nan for value in x.flatten().tolist()]
-    return torch.tensor(roots, dtype=x.dtype).reshape(x.shape)
+    values: list[float] = x.flatten().tolist()
+    roots = [math.sqrt(value) if value >= 0 else math.nan for value in values]
+    return torch.tensor(roots, dtype=x.dtype).view(x.shape)
 
 
 def _power(beta: float, n: int) -> float:
@@ -156,7 +158,8 @@ def _adam(
         v = moments["max_exp_avg_sq"] = torch.maximum(v, moments["max_exp_avg_sq"])
     step_size = lr / (1.0 - _power(beta1, steps))
     inverse_sqrt_correction2 = 1.0 / math.sqrt(1.0 - _power(beta2, steps))
-    return p - (m * step_size) / (_square_root(v) * inverse_sqrt_correction2 + hyper["eps"])
+    denominator = _square_root(v) * inverse_sqrt_correction2 + float(hyper["eps"])
+    return p - (m * step_size) / denominator
 
 
 def _sgd(
