@@ -67,9 +67,9 @@ class Table:
         self._watch: Any = None
         # Parameters that are not dense: the row's is a copy, filled before the step and written back after.
         self._copies: list[Place] = []
-        # Parameters whose moments came from a checkpoint without a step count (torch's SGD saves none), by id: the
-        # parameter groups keep them alive.
-        self._moments_loaded: set[int] = set()
+        # For parameters whose moments came from a checkpoint without a step count (torch's SGD saves none), by id, the
+        # count that they then got: as long as it is theirs, the moments count from the first step on.
+        self._moments_loaded: dict[int, Tensor] = {}
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         """Raises ValueError or TypeError for a parameter group that holds a value out of bounds."""
@@ -166,9 +166,10 @@ class Table:
         slots: dict[tuple[int, int], int] = {}
         for param, group, index, backend in chosen:
             own = state[param]
-            if own.get(self.rule.step_name) is None and any(own.get(name) is not None for name in self.rule.moments):
-                self._moments_loaded.add(id(param))
-            row = make_row(param, group, index, own, self.rule, self.settings, id(param) in self._moments_loaded)
+            loaded = self._moments_were_loaded(param, own)
+            row = make_row(param, group, index, own, self.rule, self.settings, loaded)
+            if loaded:
+                self._moments_loaded[id(param)] = own[self.rule.step_name]
             if any(moment.dtype != row.compute_dtype for moment in row.moments.values()):
                 # Another optimizer's own moments, in whatever dtype it keeps them.
                 backend = choose("reference", row.param.device)
@@ -181,6 +182,12 @@ class Table:
         self._parts = list(parts.values())
         self._compile(groups, state, dormant)
         self._copies = [place for part in self._parts for place in part.places if place.is_copy]
+
+    def _moments_were_loaded(self, param: Tensor, own: Mapping[str, Any]) -> bool:
+        count = own.get(self.rule.step_name)
+        if count is not None:
+            return self._moments_loaded.get(id(param)) is count
+        return any(own.get(name) is not None for name in self.rule.moments)
 
     def _part_for(self, parts: dict[tuple[Any, ...], Part], backend: ModuleType, row: Row) -> Part:
         grad = row.param.dtype

@@ -64,9 +64,7 @@ def make_params(
     device: str = "cpu",
 ) -> list[torch.nn.Parameter]:
     generator = seeded(seed)
-    return [
-        torch.nn.Parameter(make_tensor(shape, dtype, generator=generator, device=device)) for shape in shapes
-    ]
+    return [torch.nn.Parameter(make_tensor(shape, dtype, generator=generator, device=device)) for shape in shapes]
 
 
 def make_grads(
@@ -77,8 +75,7 @@ def make_grads(
     scale: float = 1.0,
 ) -> list[Tensor]:
     return [
-        make_tensor(p.shape, dtype or p.dtype, generator=generator, device=p.device.type, scale=scale)
-        for p in params
+        make_tensor(p.shape, dtype or p.dtype, generator=generator, device=p.device.type, scale=scale) for p in params
     ]
 
 
@@ -303,13 +300,10 @@ def snapshot(optimizer: torch.optim.Optimizer, params: Iterable[Tensor] = ()) ->
     return {
         "params": [p.detach().clone() for p in params],
         "grads": [None if p.grad is None else p.grad.detach().clone() for p in params],
-        "state": [
-            {name: copy.deepcopy(value) for name, value in optimizer.state.get(p, {}).items()} for p in params
-        ],
+        "state": [{name: copy.deepcopy(value) for name, value in optimizer.state.get(p, {}).items()} for p in params],
         "states": len(optimizer.state),
         "groups": [
-            {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
-            for group in groups
+            {name: copy.deepcopy(value) for name, value in group.items() if name != "params"} for group in groups
         ],
         "members": [[id(p) for p in group["params"]] for group in groups],
     }

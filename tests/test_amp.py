@@ -32,9 +32,7 @@ RULES: dict[str, dict[str, Any]] = {
 SKIPS = (1, 0, 1, 1, 0, 0, 1, 0, 0, 1, 0)  # the very first step among them
 
 
-def tell(
-    optimizer: torch.optim.Optimizer, device: str, *, found_inf: float | None, scale: float | None
-) -> None:
+def tell(optimizer: torch.optim.Optimizer, device: str, *, found_inf: float | None, scale: float | None) -> None:
     """What GradScaler tells an optimizer that unscales by itself: two attributes, for one step."""
     for name, value in (("found_inf", found_inf), ("grad_scale", scale)):
         setattr(optimizer, name, None if value is None else torch.full((), value, device=device))
@@ -187,9 +185,7 @@ def makers(backend: BackendCase) -> dict[str, Any]:
         return lookahead_fused.Lookahead(base, k=2, backend=backend.name)
 
     ours = {
-        rule: functools.partial(
-            lambda rule, params: make_optimizer(rule, params, backend, **RULES[rule]), rule
-        )
+        rule: functools.partial(lambda rule, params: make_optimizer(rule, params, backend, **RULES[rule]), rule)
         for rule in RULES
     }
     return {**ours, "wrapped-rmsprop": rmsprop}

@@ -97,9 +97,7 @@ def test_bad_keyword(rule: str, argument: str, value: Any, error: type[Exception
     ("rule", "argument", "value", "error", "came"),
     [case for case in BAD if case.values[1] != "differentiable"],
 )
-def test_bad_keyword_in_an_added_group(
-    rule: str, argument: str, value: Any, error: type[Exception], came: str
-) -> None:
+def test_bad_keyword_in_an_added_group(rule: str, argument: str, value: Any, error: type[Exception], came: str) -> None:
     """The optimizer stays as it was, without the group, and goes on."""
     params = make_params([(3,), (4,)])
     optimizer = LOOKAHEAD_CLASSES[rule](params)

@@ -85,9 +85,7 @@ def gradient_layouts(grad: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         "contiguous": grad.contiguous().clone(memory_format=torch.contiguous_format),
         "strided": wide[..., 1],
         # The sign is a bit of the tensor, not in its memory; of one element this view is as dense as any.
-        "negated": torch.complex(torch.zeros_like(grad), -grad).conj().imag
-        if dtype in COMPLEX_PARTS
-        else grad,
+        "negated": torch.complex(torch.zeros_like(grad), -grad).conj().imag if dtype in COMPLEX_PARTS else grad,
     }
     if grad.dim() > 1:
         dims = tuple(reversed(range(grad.dim())))
@@ -135,16 +133,12 @@ def test_channels_last(backend: BackendCase, rule: str) -> None:
     generator = seeded(0)
     for param_last in (False, True):
         for grad_last in (False, True):
-            formats = [
-                torch.channels_last if last else torch.contiguous_format for last in (param_last, grad_last)
-            ]
+            formats = [torch.channels_last if last else torch.contiguous_format for last in (param_last, grad_last)]
             values = make_tensor((4, 3, 5, 5), generator=generator, device=backend.device)
             p = torch.nn.Parameter(values.contiguous(memory_format=formats[0]))
             pair = Lockstep(backend, rule, ([p], {}), **LIVELY[rule])
             for _ in range(3):
-                pair.step(
-                    [g.contiguous(memory_format=formats[1]) for g in make_grads([p], generator=generator)]
-                )
+                pair.step([g.contiguous(memory_format=formats[1]) for g in make_grads([p], generator=generator)])
             assert p.is_contiguous(memory_format=formats[0])
 
 
@@ -238,8 +232,7 @@ def test_any_floating_gradient(backend: BackendCase, dtype: torch.dtype, grad_dt
     pair = Lockstep(backend, "adamw", ([(5,), (3, 4)], {}), dtype=dtype, **LIVELY["adamw"])
     for t in range(3):
         grads = [
-            (torch.arange(p.numel()).reshape(p.shape) - t * 3).to(backend.device, grad_dtype) / 4
-            for p in pair.params
+            (torch.arange(p.numel()).reshape(p.shape) - t * 3).to(backend.device, grad_dtype) / 4 for p in pair.params
         ]
         for p, g in zip(pair.params, grads, strict=True):
             set_grad(p, g)

@@ -11,9 +11,7 @@ unit = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.floats(0, 1))
 beta = st.one_of(st.sampled_from([0.0, 0.5, 0.9, 0.999]), st.floats(0, 1, exclude_max=True))
 small = st.one_of(st.just(0.0), st.floats(1e-10, 1.0))
 shapes = st.lists(
-    st.one_of(
-        st.integers(0, 70).map(lambda n: (n,)), st.tuples(st.integers(0, 9), st.integers(0, 9)), st.just(())
-    ),
+    st.one_of(st.integers(0, 70).map(lambda n: (n,)), st.tuples(st.integers(0, 9), st.integers(0, 9)), st.just(())),
     min_size=1,
     max_size=4,
 )

@@ -90,9 +90,7 @@ SGD: dict[str, dict[str, Any]] = {
 }
 HYPER = {"adamw": ADAM, "adam": ADAM, "sgd": SGD}
 CASES = [
-    pytest.param(rule, hyper, id=f"{rule}-{name}")
-    for rule, cases in HYPER.items()
-    for name, hyper in cases.items()
+    pytest.param(rule, hyper, id=f"{rule}-{name}") for rule, cases in HYPER.items() for name, hyper in cases.items()
 ]
 DTYPES = [
     pytest.param(torch.float32, False, id="fp32"),
@@ -160,13 +158,9 @@ def test_groups_keep_their_own_hyperparameters(backend: BackendCase, rule: str, 
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])
 def test_groups_of_different_dtypes_and_a_mix_in_one(backend: BackendCase, rule: str) -> None:
     dtypes = list(DTYPE_NAMES)
-    mixed = [
-        make_params([(6,)], dtype, seed=i, device=backend.device)[0] for i, dtype in enumerate(dtypes * 2)
-    ]
+    mixed = [make_params([(6,)], dtype, seed=i, device=backend.device)[0] for i, dtype in enumerate(dtypes * 2)]
     last = make_params([(3, 3)], torch.float64, device=backend.device)
-    pair = Lockstep(
-        backend, rule, (mixed, {}), (last, {"lr": 0.2, "master_weights": False}), k=2, master_weights=True
-    )
+    pair = Lockstep(backend, rule, (mixed, {}), (last, {"lr": 0.2, "master_weights": False}), k=2, master_weights=True)
     for _ in range(STEPS):
         pair.step()
 
@@ -197,9 +191,7 @@ def test_bits_of_the_wrapper(backend: BackendCase, rule: str, dtype: torch.dtype
 @pytest.mark.skipif(not can_set_grad_dtype(), reason="this torch keeps gradients in their parameter's dtype")
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])
 @pytest.mark.parametrize(("dtype", "master"), DTYPES[2:])
-def test_fp32_gradients_of_16_bit_parameters(
-    backend: BackendCase, rule: str, dtype: torch.dtype, master: bool
-) -> None:
+def test_fp32_gradients_of_16_bit_parameters(backend: BackendCase, rule: str, dtype: torch.dtype, master: bool) -> None:
     """Read as they are, not rounded to the parameter's dtype; and the dtype may change between steps."""
     pair = Lockstep(backend, rule, dtype=dtype, grad_dtype=torch.float32, lr=0.1, k=2, master_weights=master)
     for grad_dtype in (torch.float32, torch.float32, dtype, torch.float32, dtype):

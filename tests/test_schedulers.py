@@ -135,9 +135,7 @@ def test_lr_written_by_hand(backend: BackendCase, rule: str, kind: str) -> None:
         "replaced tensor": torch.tensor,
     }
     hyper = {"k": 2, "weight_decay": 0.1}
-    pair = Lockstep(
-        backend, rule, ([(7,)], {}), ([(2, 3)], {"lr": make[kind](0.03)}), lr=make[kind](0.1), **hyper
-    )
+    pair = Lockstep(backend, rule, ([(7,)], {}), ([(2, 3)], {"lr": make[kind](0.03)}), lr=make[kind](0.1), **hyper)
     for factor in (1.0, 0.5, 3.0, 0.0, 1.0):
         for group, oracle in zip(pair.optimizer.param_groups, pair.oracles, strict=True):
             lr = 0.1 * factor

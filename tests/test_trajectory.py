@@ -97,13 +97,9 @@ def test_every_parameter_has_its_own_phase(backend: BackendCase, kind: str) -> N
 
 
 @pytest.mark.parametrize("rule", ["adamw", "adam", "sgd"])
-@pytest.mark.parametrize(
-    "limits", [{"k": 1, "alpha": 1.0}, {"k": 3, "alpha": 1.0}, {"k": 2**31 + 1, "alpha": 0.3}]
-)
+@pytest.mark.parametrize("limits", [{"k": 1, "alpha": 1.0}, {"k": 3, "alpha": 1.0}, {"k": 2**31 + 1, "alpha": 0.3}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_limits_are_the_inner_optimizer(
-    backend: BackendCase, rule: str, limits: dict, dtype: torch.dtype
-) -> None:
+def test_limits_are_the_inner_optimizer(backend: BackendCase, rule: str, limits: dict, dtype: torch.dtype) -> None:
     """alpha 1 at any k, and a k that never comes, are the same bits. The gradients make theta far from
     phi, where phi + 1 * (theta - phi) is not theta."""
     results = []
@@ -156,9 +152,7 @@ def test_alpha_zero_returns_to_the_start(backend: BackendCase, rule: str, dtype:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_alpha_one_leaves_theta_where_arithmetic_would_not(
-    backend: BackendCase, kind: str, dtype: torch.dtype
-) -> None:
+def test_alpha_one_leaves_theta_where_arithmetic_would_not(backend: BackendCase, kind: str, dtype: torch.dtype) -> None:
     """Far from phi, theta - phi has lost theta's digits: phi + (theta - phi) is not theta."""
     p = torch.nn.Parameter(torch.full((5,), 1e8, dtype=dtype, device=backend.device))
     optimizer = paper_optimizer(kind, [p], backend)
