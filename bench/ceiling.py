@@ -100,6 +100,4 @@ class Ceiling:
     @property
     def works(self) -> bool:
         """Whether this machine has the instructions the variant needs."""
-        return not library().ceiling_pass(
-            variants().index(self.variant), None, None, None, None, None, 0, 0, 1
-        )
+        return not library().ceiling_pass(variants().index(self.variant), None, None, None, None, None, 0, 0, 1)

@@ -175,9 +175,7 @@ def host_tensors(rounds: int | None) -> Report:
             label = f"{who}, {gradients}, per tensor from {few.tensors} to {many.tensors}"
             figures.append(Figure(label, each, "µs", target, at_least=False))
     spelled = ", ".join(f"{short}: {long}" for short, long in GRADIENTS.items())
-    return Report(
-        f"host work per tensor of 1 element, AdamW, k={K}", f"{schedule}; {spelled}", figures, samples
-    )
+    return Report(f"host work per tensor of 1 element, AdamW, k={K}", f"{schedule}; {spelled}", figures, samples)
 
 
 def host_groups(rounds: int | None) -> Report:
@@ -235,9 +233,7 @@ def memory(rounds: int | None) -> Report:
     further = large.elements - small.elements
     figures = [
         Figure(f"further resident memory in {K} steps", growth(resident, 2**20), "MiB", 1.0, at_least=False),
-        Figure(
-            f"further bytes allocated by torch in {K} steps", growth(allocated, 1), "B", 0.0, at_least=False
-        ),
+        Figure(f"further bytes allocated by torch in {K} steps", growth(allocated, 1), "B", 0.0, at_least=False),
         # exp_avg, exp_avg_sq and slow_param, 4 bytes each.
         Figure("resident state per further parameter", growth(state, further), "B", 12.1, at_least=False),
     ]
@@ -266,9 +262,7 @@ BENCHMARKS: dict[str, Callable[[int | None], Report]] = {
 def main() -> int:
     parser = argparse.ArgumentParser(description="CPU benchmarks of lookahead_fused", allow_abbrev=False)
     parser.add_argument("--only", action="append", choices=BENCHMARKS, help="run this one (may be repeated)")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write figures, samples and conditions there"
-    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures, samples and conditions there")
     parser.add_argument("--rounds", type=int, help="rounds of each benchmark, instead of its own number")
     parser.add_argument("--threads", type=int, help="threads of every side, instead of torch's default")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a target is missed")
@@ -298,6 +292,9 @@ def main() -> int:
     ]
     print(f"{seconds:.0f} s; load after: {load_after}")
     print("all targets met" if not missed else "missed:\n  " + "\n  ".join(missed))
+    busy = [name for name, report in reports.items() if report.busy]
+    if busy:
+        print("measure again on a quiet machine: " + ", ".join(busy))
     if options.json:
         content = {
             "conditions": {**asdict(where), "load_after": load_after, "package": package},

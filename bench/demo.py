@@ -18,8 +18,12 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import demo_machine
+
 # Before torch is imported: its profiler, which only counts allocations here, is chatty on stderr.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.update(demo_machine.waiting_policy())
 
 try:
     import demo_report
@@ -38,8 +42,6 @@ from demo_train import FUSED, PLAIN, SEED, UNFUSED, Task, TaskResult, run_task
 import lookahead_fused
 
 CONTEXT = 64
-# Waiting beyond this share of the time means that other work decided how long a step took.
-BUSY = 0.1
 OUT = Path(__file__).resolve().parents[1] / "build" / "demo"
 
 
@@ -51,7 +53,7 @@ def tasks(quick: bool) -> list[Task]:
             title="GPT over the bytes of Python's standard library",
             model=partial(GPT, width=256, layers=6, heads=8, context=CONTEXT),
             data=partial(demo_data.stdlib_text, context=CONTEXT, batch=8, seed=SEED, held_out_batches=8),
-            steps=54 if quick else 249,
+            steps=44 if quick else 199,
             lr=1e-3,
             weight_decay=0.1,
         ),
@@ -60,7 +62,7 @@ def tasks(quick: bool) -> list[Task]:
             title="Convolutional network on handwritten digits",
             model=ConvNet,
             data=partial(demo_data.digits, batch=64, seed=SEED),
-            steps=109 if quick else 329,
+            steps=104 if quick else 329,
             lr=2e-3,
             weight_decay=0.01,
             classifies=True,
@@ -70,9 +72,7 @@ def tasks(quick: bool) -> list[Task]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter training, under a minute")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for picture and figures (%(default)s)")
     parser.add_argument("--backend", default="auto", help="of our optimizer (%(default)s)")
@@ -99,24 +99,24 @@ def run(chosen: Sequence[Task], out: Path, backend: str) -> int:
     used = backend_in_use(backend)
     described = f"{measure.describe(where)}\nlookahead_fused {lookahead_fused.__version__}, backend {used}"
 
-    before = core_seconds()
+    before = demo_machine.core_seconds()
     results = train(chosen, backend, console)
-    waited = waited_share(before, core_seconds())
-    if waited is not None:
-        described += f"; this process waited {waited:.0%} of its time for a core"
-        if waited > BUSY:
-            described += ": the machine was busy, do not rely on the times"
+    waited = demo_machine.waited_share(before, demo_machine.core_seconds())
+    described += f"\n{disturbance(waited)}"
     demo_report.print_tables(results, described, console)
     picture, figures = out / "demo.png", out / "demo.json"
     demo_report.draw(results, described, picture)
-    versions = {"lookahead_fused": lookahead_fused.__version__, "backend": used}
-    demo_report.save_json(results, {**asdict(where), **versions, "waited_for_core": waited}, figures)
-    console.print(f"\nPicture: {picture}\nFigures: {figures}", highlight=False, soft_wrap=True)
+    further = {
+        "lookahead_fused": lookahead_fused.__version__,
+        "backend": used,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+        "waited_for_core": waited,
+    }
+    demo_report.save_json(results, {**asdict(where), **further}, figures)
+    console.print(f"\nPicture: {picture}\nFigures: {figures}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"{time.perf_counter() - begin:.0f} s in all", highlight=False)
 
-    differing = [
-        f"{result.task.title}: {line}" for result in results for line in departures(result.deviations)
-    ]
+    differing = [f"{result.task.title}: {line}" for result in results for line in departures(result.deviations)]
     for line in differing:
         print(f"error: the fused and the unfused optimizer do not coincide. {line}", file=sys.stderr)
     return 1 if differing else 0
@@ -147,25 +147,14 @@ def train(chosen: Sequence[Task], backend: str, console: Console) -> list[TaskRe
     return results
 
 
-def core_seconds() -> tuple[float, float] | None:
-    """Seconds that this process's threads ran, and waited for a core while ready to; None except on Linux."""
-    ran = waited = 0.0
-    try:
-        for thread in Path("/proc/self/task").iterdir():
-            on_core, ready, _ = (thread / "schedstat").read_text().split()
-            ran += int(on_core) / 1e9
-            waited += int(ready) / 1e9
-    except OSError:
-        return None
-    return ran, waited
-
-
-def waited_share(before: tuple[float, float] | None, after: tuple[float, float] | None) -> float | None:
-    """Of the time between two ``core_seconds()`` in which threads ran or could have, how much they waited."""
-    if before is None or after is None:
-        return None
-    ran, waited = after[0] - before[0], after[1] - before[1]
-    return waited / (ran + waited)
+def disturbance(waited: float | None) -> str:
+    """What other work on the machine did to the run, in words; ``waited`` as of ``demo_machine.waited_share``."""
+    policy = os.environ.get("OMP_WAIT_POLICY", "default")
+    said = f"OMP_WAIT_POLICY: {policy}; share of its time that this process waited for a core: "
+    if waited is None:
+        return said + "not told by this system"
+    busy = " (other work held the cores: do not rely on the times)"
+    return f"{said}{waited:.0%}{busy if waited > demo_machine.BUSY else ''}"
 
 
 def backend_in_use(backend: str) -> str:

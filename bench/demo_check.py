@@ -56,8 +56,5 @@ def _beyond(what: str, values: Sequence[float], stride: int, tolerance: Toleranc
         limit = tolerance.early if step <= EARLY_STEPS else tolerance.whole
         # Written so that a NaN is beyond it.
         if not value <= limit:
-            return [
-                f"{what}: '{FUSED}' and '{UNFUSED}' are {value:.1e} apart at step {step}, "
-                f"allowed are {limit:.0e}"
-            ]
+            return [f"{what}: '{FUSED}' and '{UNFUSED}' are {value:.1e} apart at step {step}, allowed are {limit:.0e}"]
     return []

@@ -36,9 +36,7 @@ class Data:
     source: str
 
 
-def stdlib_text(
-    *, context: int, batch: int, seed: int, held_out_batches: int, max_bytes: int = 6 << 20
-) -> Data:
+def stdlib_text(*, context: int, batch: int, seed: int, held_out_batches: int, max_bytes: int = 6 << 20) -> Data:
     """The standard library's own source as bytes, cut into windows at random places.
 
     Every tenth file is held out whole: windows held out of a file would share names and idioms with the
@@ -59,9 +57,7 @@ def stdlib_text(
     spread = torch.linspace(0, len(held_out) - window, held_out_batches * batch).long().view(-1, batch)
     size = (len(train) + len(held_out)) / 1e6
     source = f"{files} files of the standard library, {size:.1f} MB, every {HELD_OUT_EVERY}th file held out"
-    return Data(
-        _random_windows(train, window, batch, seed), [_windows(held_out, at, window) for at in spread], source
-    )
+    return Data(_random_windows(train, window, batch, seed), [_windows(held_out, at, window) for at in spread], source)
 
 
 def read_stdlib(root: Path, max_bytes: int) -> tuple[Tensor, Tensor, int]:

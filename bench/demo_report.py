@@ -42,9 +42,7 @@ def print_tables(results: Sequence[TaskResult], conditions: str, console: Consol
     for result in results:
         console.print()
         console.print(_table(result))
-        compared = " and ".join(
-            f"{result.speedup(name):.2f} times that of '{name}'" for name in (UNFUSED, PLAIN)
-        )
+        compared = " and ".join(f"{result.speedup(name):.2f} times that of '{name}'" for name in (UNFUSED, PLAIN))
         console.print(f"speed of our optimizer.step(): {compared}", highlight=False)
         console.print(escape(verdict(result)), highlight=False)
     console.print()
@@ -160,9 +158,7 @@ def _draw_curves(result: TaskResult, axes: Axes) -> None:
         smooth = _smooth(run.losses)
         steps = range(SMOOTHED, SMOOTHED + len(smooth))
         axes.plot(steps, smooth, color=COLOURS[name], label=label, **style)
-    axes.set_title(
-        f"{result.task.title}, {result.parameters / 1e6:.2f} M parameters", loc="left", fontsize=11
-    )
+    axes.set_title(f"{result.task.title}, {result.parameters / 1e6:.2f} M parameters", loc="left", fontsize=11)
     axes.set_ylabel(f"training loss, mean of {SMOOTHED} steps")
     axes.set_xlabel("step")
     axes.grid(color="#e6e6e6", linewidth=0.8)

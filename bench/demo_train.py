@@ -183,9 +183,7 @@ class Run:
         self.whole_seconds.append(end - start)
 
 
-def run_task(
-    task: Task, *, backend: str = "auto", progress: Progress = lambda step, losses: None
-) -> TaskResult:
+def run_task(task: Task, *, backend: str = "auto", progress: Progress = lambda step, losses: None) -> TaskResult:
     """Train a task with all three optimizers and measure them.
 
     Args:
@@ -263,9 +261,7 @@ def step_time(seconds: Sequence[float]) -> StepTime:
 def state_bytes(optimizer: Optimizer | ForeachSync) -> int:
     """Bytes of every tensor that an optimizer keeps from step to step; what shares memory counts once."""
     inner = optimizer.base if isinstance(optimizer, ForeachSync) else optimizer
-    tensors = [
-        value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)
-    ]
+    tensors = [value for state in inner.state.values() for value in state.values() if isinstance(value, Tensor)]
     tensors += optimizer.slow if isinstance(optimizer, ForeachSync) else []
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
@@ -348,9 +344,7 @@ def _loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     with torch.no_grad():
-        return math.sqrt(
-            sum((p - q).square().sum(dtype=torch.float64).item() for p, q in zip(a, b, strict=True))
-        )
+        return math.sqrt(sum((p - q).square().sum(dtype=torch.float64).item() for p, q in zip(a, b, strict=True)))
 
 
 @contextmanager

@@ -150,9 +150,7 @@ def _order(sides: Sequence[Side], turn: int) -> list[Side]:
     return order if turn % 2 == 0 else order[::-1]
 
 
-def _turn(
-    side: Side, schedule: Schedule, clock: Callable[[], float], sleep: Callable[[float], object]
-) -> float:
+def _turn(side: Side, schedule: Schedule, clock: Callable[[], float], sleep: Callable[[float], object]) -> float:
     """The seconds of one turn's timed steps."""
     gc.collect(0)
     collecting = gc.isenabled()
@@ -269,9 +267,7 @@ def _status(key: str) -> int:
 
 def allocated_bytes(run: Callable[[], object]) -> int:
     """The bytes that torch's CPU allocator hands out during ``run``, given back or not, to the byte."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     # The trace file is the only public place where single allocations, and not sums per operator, are found.
     with tempfile.TemporaryDirectory() as folder:
@@ -331,9 +327,7 @@ def _cpu_name() -> str:
         fields.setdefault(key.strip(), value.strip())
     name = fields.get("model name") or platform.processor() or sys.platform
     # Virtual machines hide the model's name; family and model still tell the generation.
-    return (
-        f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
-    )
+    return f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
 
 
 def _huge_pages() -> str:

@@ -82,9 +82,7 @@ def draw(content: dict[str, Any], target: Path) -> None:
             (case, 6, {"color": INK}),
             (f"vs {opponent}", -6, {"color": PALE, "size": 8.5}),
         ):
-            axes.annotate(
-                text, (0, row), xytext=(-8, y), textcoords="offset points", ha="right", va="center", **style
-            )
+            axes.annotate(text, (0, row), xytext=(-8, y), textcoords="offset points", ha="right", va="center", **style)
 
     axes.set_xlim(0, end)
     axes.xaxis.set_major_locator(MultipleLocator(0.25))
@@ -107,9 +105,11 @@ def draw(content: dict[str, Any], target: Path) -> None:
 def conditions(content: dict[str, Any]) -> str:
     """Two lines: with what the report was made, and how to read the picture."""
     where = content["conditions"]
+    shares = [benchmark["others"] for benchmark in content["benchmarks"].values()]
+    others = "" if None in shares else f"; other processes had at most {max(shares):.0%} of the cores"
     return (
         f"{where['machine']}, {where['cores']} cores, {where['threads']} threads, torch {where['torch']}; "
-        f"fp32 where nothing else is said; {where['utc'][:10]}\n"
+        f"fp32 where nothing else is said; {where['utc'][:10]}{others}\n"
         "Times faster than the opponent (1×: equally fast). Bar and bold: median of the ratios of "
         "interleaved rounds; whisker and grey: their quartiles."
     )

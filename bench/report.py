@@ -10,7 +10,8 @@ from typing import Any
 from measure import Samples, Spread, spread
 
 LABEL_WIDTH = 72
-# Others' share of the cores up to which ratios of identical sides stayed within a percent of 1.
+# Others' share of the cores up to which a run is believed. Beyond it ratios do not merely scatter, they shift: sides
+# that share work statically wait for their slowest thread, and were seen to fall behind eightfold.
 QUIET = 0.05
 
 
@@ -41,9 +42,7 @@ class Figure:
 
     def __str__(self) -> str:
         value = f"{_number(self.value.median)} {self.unit}"
-        quartiles = (
-            f"[{_number(self.value.q1)} .. {_number(self.value.q3)}]" if self.value.samples > 1 else ""
-        )
+        quartiles = f"[{_number(self.value.q1)} .. {_number(self.value.q3)}]" if self.value.samples > 1 else ""
         medians = "" if self.value.of_medians is None else f"of medians {_number(self.value.of_medians)}"
         line = f"  {self.label:<{LABEL_WIDTH}}{value:>12}  {quartiles:<20}{medians:<18}"
         if self.target is not None:
@@ -71,16 +70,18 @@ class Report:
     others: float = float("nan")
 
     def __str__(self) -> str:
-        busy = f"  other processes had {self.others:.1%} of the cores"
-        lines = [
-            self.title,
-            f"  {self.how}",
-            busy + (": TOO BUSY to be believed" if self.others > QUIET else ""),
-        ]
+        busy = ": TOO BUSY to be believed" if self.busy else ""
+        lines = [self.title, f"  {self.how}", f"  other processes had {self.others:.1%} of the cores{busy}"]
         for name, seconds in self.samples.items():
             step = scaled(spread(seconds), 1e3)
             lines.append(f"  {name:<{LABEL_WIDTH}}{step.median:>9.3f} ms  [{step.q1:.3f} .. {step.q3:.3f}]")
-        return "\n".join(lines + [str(figure) for figure in self.figures])
+        doubt = "?" if self.busy else ""
+        return "\n".join(lines + [f"{figure}{doubt if figure.target is not None else ''}" for figure in self.figures])
+
+    @property
+    def busy(self) -> bool:
+        """Whether others had too much of the machine; False where it is not known."""
+        return self.others > QUIET
 
     def record(self) -> dict[str, Any]:
         """The report as JSON can hold it."""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from .backends import reference
 from .table import Table
@@ -33,6 +34,7 @@ class SlowWeights(Optimizer):
     # How many slow_weights() blocks are open, and in the outermost what to undo at its end.
     _depth: int = 0
     _fast: list[tuple[Tensor, Tensor, bool]]
+    _saving: RemovableHandle
 
     @contextmanager
     def slow_weights(self) -> Iterator[None]:
@@ -51,13 +53,13 @@ class SlowWeights(Optimizer):
             if self._depth == 1:
                 self._fast = []
                 # The first to see a state dict, before hooks that copy its tensors, and whoever asks for it.
-                saving = self._state_keeper.register_state_dict_post_hook(self._on_slow_weights, prepend=True)
+                self._saving = self._state_keeper.register_state_dict_post_hook(self._on_slow_weights, prepend=True)
                 self._swap_in()
             yield
         finally:
             self._depth -= 1
             if self._depth == 0:
-                saving.remove()
+                self._saving.remove()
                 self._swap_out()
 
     @torch.no_grad()

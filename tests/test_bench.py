@@ -60,9 +60,10 @@ def test_planted_slowdown(schedule: Schedule) -> None:
 
 
 def test_planted_slowdown_by_the_real_clock() -> None:
-    sides = [Side("slow", lambda: time.sleep(0.008)), Side("fast", lambda: time.sleep(0.004))]
+    # A busy machine adds to both sleeps, and makes ten times as slow look like less, but not like twice.
+    sides = [Side("slow", lambda: time.sleep(0.04)), Side("fast", lambda: time.sleep(0.004))]
     samples = interleave(sides, Schedule(rounds=9, turns=2, pause=0))
-    assert ratio(samples, of="slow", to="fast").median == pytest.approx(0.5, rel=0.2)
+    assert 0.09 < ratio(samples, of="slow", to="fast").median < 0.5
 
 
 def test_a_neighbour_slows_times_and_leaves_ratios() -> None:
@@ -97,15 +98,11 @@ def test_warm_up_and_settling_are_thrown_away() -> None:
 @pytest.mark.parametrize("schedule", [STEP_BY_STEP, IN_TURNS])
 def test_every_round_has_its_share_of_syncs(schedule: Schedule) -> None:
     machine = Machine()
-    samples = machine.run(
-        [machine.side("ours", 1, 1, 1, 1, 6), machine.side("theirs", 1, 1, 1, 1, 1)], schedule
-    )
+    samples = machine.run([machine.side("ours", 1, 1, 1, 1, 6), machine.side("theirs", 1, 1, 1, 1, 1)], schedule)
     assert samples["ours"] == pytest.approx([2.0] * 8)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"turns": 4}, {"steps": 7}, {"turns": 5, "settle": 1}, {"rounds": 0, "turns": 5}]
-)
+@pytest.mark.parametrize("wrong", [{"turns": 4}, {"steps": 7}, {"turns": 5, "settle": 1}, {"rounds": 0, "turns": 5}])
 def test_schedule_refuses_part_of_a_period(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"period|rounds"):
         Schedule(**{"rounds": 3, "period": 5, **wrong})
@@ -255,18 +252,14 @@ def test_allocations_are_seen() -> None:
     assert measure.allocated_bytes(lambda: tensor * tensor) == 4_000_000
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc"
-)
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux's /proc")
 def test_resident_memory_is_seen_also_when_given_back() -> None:
     tensor = torch.ones(16 << 20)
     assert measure.resident_growth(lambda: tensor.mul_(tensor)) < 2 << 20
     assert measure.resident_growth(lambda: tensor * tensor) > 60 << 20
 
 
-@pytest.mark.skipif(
-    not Path("/proc/stat").exists(), reason="other processes' time is read from Linux's /proc"
-)
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="other processes' time is read from Linux's /proc")
 def test_a_busy_neighbour_is_seen() -> None:
     neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
@@ -281,18 +274,20 @@ def test_a_busy_neighbour_is_seen() -> None:
 
 def test_own_work_is_not_a_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     own = os.times()
-    monkeypatch.setattr(measure.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     others = measure.Others()
-    monkeypatch.setattr(measure.os, "times", lambda: (own[0] + 1000, own[1], 0, 0, 0))
+    monkeypatch.setattr(os, "times", lambda: (own[0] + 1000, own[1], 0, 0, 0))
     assert others.share() == 0
 
 
 def test_a_report_says_when_the_machine_was_busy() -> None:
-    report = Report("title", "how", [], {}, others=0.31)
+    report = Report("title", "how", [Figure("speed", spread([2.0]), "x", 1.25)], {}, others=0.31)
     assert "31.0% of the cores: TOO BUSY" in str(report)
+    assert str(report).endswith("pass?")
     assert report.record()["others"] == 0.31
     report.others = 0.01
     assert "TOO BUSY" not in str(report)
+    assert str(report).endswith("pass")
 
 
 def test_the_command(tmp_path: Path) -> None:

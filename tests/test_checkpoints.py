@@ -40,9 +40,7 @@ def make(rule: str, params: Any, backend: BackendCase, **changes: Any) -> torch.
     return make_optimizer(rule.removeprefix("plain "), params, backend, **hyper)
 
 
-def run_with_a_late_parameter(
-    optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], steps: range
-) -> None:
+def run_with_a_late_parameter(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], steps: range) -> None:
     """The last parameter has its first gradient at step 9: before it no state, then a phase of its own."""
     for step in steps:
         for p, g in zip(params, gradients_of(step, params), strict=True):

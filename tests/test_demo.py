@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -24,6 +26,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import demo_data
+import demo_machine
 import demo_train
 import measure
 from demo_check import EARLY_STEPS, LOSS, WEIGHTS, departures
@@ -122,9 +125,7 @@ def test_nothing_compared_is_no_agreement() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"alpha": 0.501}, {"k": K + 1}, {"betas": (0.9, 0.998)}, {"eps": 1e-6}])
-def test_a_slightly_wrong_optimizer_is_found_out(
-    wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slightly_wrong_optimizer_is_found_out(wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def ours(params: Any, **settings: Any) -> lookahead_fused.LookaheadAdamW:
         return lookahead_fused.LookaheadAdamW(params, **{**settings, **wrong})
 
@@ -136,9 +137,7 @@ def test_a_slightly_wrong_optimizer_is_found_out(
 
 
 @pytest.mark.slow
-def test_the_demo_reports_what_happened(
-    demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_demo_reports_what_happened(demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert demo.run([tiny_gpt(), tiny_digits()], tmp_path / "new" / "folder", "auto") == 0
 
     out = capsys.readouterr().out
@@ -208,9 +207,7 @@ def test_a_missing_package_is_named_with_the_remedy() -> None:
     assert ".[demo]" in done.stderr
 
 
-def test_the_backend_that_serves_is_told_with_the_reason(
-    demo: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_backend_that_serves_is_told_with_the_reason(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     status = {"cpu": lookahead_fused.BackendStatus(False, "no compiler was found")}
     monkeypatch.setattr(lookahead_fused, "backends", lambda: status)
     assert demo.backend_in_use("reference") == "reference"
@@ -220,17 +217,11 @@ def test_the_backend_that_serves_is_told_with_the_reason(
     assert demo.backend_in_use("auto").startswith("cpu")
 
 
-def test_waiting_for_a_core_is_a_share_of_the_time_between(demo: ModuleType) -> None:
-    assert demo.waited_share((10.0, 5.0), (13.0, 6.0)) == pytest.approx(0.25)
-    assert demo.waited_share(None, (1.0, 1.0)) is None
-    if sys.platform == "linux":
-        before = demo.core_seconds()
-        assert before is not None
-        # The kernel keeps these accounts by the tick.
-        end = time.process_time() + 0.1
-        while time.process_time() < end:
-            pass
-        assert demo.core_seconds()[0] > before[0] > 0
+def test_a_disturbed_run_says_so(demo: ModuleType) -> None:
+    assert "do not rely on the times" in demo.disturbance(0.5)
+    assert "50%" in demo.disturbance(0.5)
+    assert "do not rely" not in demo.disturbance(0.01)
+    assert "not told" in demo.disturbance(None)
 
 
 # ---- what is measured ------------------------------------------------------------------------------------
@@ -309,6 +300,48 @@ def test_a_loss_that_is_not_finite_ends_the_run() -> None:
 def test_steps_that_end_at_a_sync_are_refused(steps: int) -> None:
     with pytest.raises(ValueError, match=f"steps must .* got {steps}"):
         tiny_gpt(steps)
+
+
+def burn(seconds: float) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_waiting_for_a_core_is_a_share_of_the_time_between() -> None:
+    assert demo_machine.waited_share((10.0, 5.0), (13.0, 6.0)) == pytest.approx(0.25)
+    assert demo_machine.waited_share(None, (1.0, 1.0)) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_time_on_cores_is_seen() -> None:
+    before = demo_machine.core_seconds()
+    burn(0.1)
+    after = demo_machine.core_seconds()
+    assert before is not None
+    assert after is not None
+    assert 0.05 < after[0] - before[0] < 5
+
+
+@pytest.mark.parametrize(("idle", "policy"), [(95, {}), (40, {"OMP_WAIT_POLICY": "passive"})])
+def test_threads_sleep_only_where_other_work_holds_the_cores(
+    idle: int, policy: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([(1000, 5000), (1000 + idle, 5100)])
+    monkeypatch.setattr(demo_machine, "_core_times", lambda: next(times))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert demo_machine.waiting_policy() == policy
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_busy_cores_are_seen() -> None:
+    burner = threading.Thread(target=burn, args=(0.3,))
+    burner.start()
+    busy = demo_machine.busy_share(0.3)
+    burner.join()
+    assert busy is not None
+    # One core of all; other work may add to it. Ticks are 10 ms, and the interpreter's lock takes its share.
+    assert 0.5 / (os.cpu_count() or 1) < busy <= 1
 
 
 # ---- data ------------------------------------------------------------------------------------------------

@@ -164,9 +164,7 @@ def no_compiler(tmp_path):
 def test_suite_runs_the_package_it_is_told_to():
     expected = os.environ.get("LOOKAHEAD_FUSED_EXPECTED_IN")
     if expected is None:
-        pytest.skip(
-            "LOOKAHEAD_FUSED_EXPECTED_IN, set by make test and make test-torches, does not name a directory"
-        )
+        pytest.skip("LOOKAHEAD_FUSED_EXPECTED_IN, set by make test and make test-torches, does not name a directory")
     import lookahead_fused
 
     where = Path(lookahead_fused.__file__).resolve()
@@ -218,9 +216,7 @@ def test_metadata_and_build_record(built):
 
 
 @needs_compiler
-@pytest.mark.skipif(
-    sys.platform != "linux" or not shutil.which("readelf"), reason="reads ELF files with readelf"
-)
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("readelf"), reason="reads ELF files with readelf")
 def test_module_links_the_language_runtime_only_and_is_stripped(built, tmp_path):
     with zipfile.ZipFile(built.wheel) as archive:
         module = archive.extract(native_modules(built.wheel)[0], tmp_path)
@@ -250,9 +246,7 @@ def test_instruction_set_files_emit_nothing_that_other_files_may_share(unpacked,
 
 
 @pytest.mark.parametrize("cxx", [None, "/nonexistent/c++"])
-def test_without_a_compiler_the_reference_backend_is_packed_and_the_reason_told(
-    copy, pip_wheel, no_compiler, cxx
-):
+def test_without_a_compiler_the_reference_backend_is_packed_and_the_reason_told(copy, pip_wheel, no_compiler, cxx):
     (copy / "lookahead_fused/_cpu.so").write_text("of an editable install")
     result = pip_wheel(copy, **no_compiler, **({"CXX": cxx, "CC": cxx} if cxx else {}))
     assert result.returncode == 0, result.output
@@ -280,9 +274,7 @@ def test_asking_for_the_module_makes_a_missing_compiler_an_error(copy, pip_wheel
     result = pip_wheel(copy, **no_compiler, LOOKAHEAD_FUSED_CPU="1")
     assert result.returncode != 0
     assert result.wheel is None
-    assert (
-        "LOOKAHEAD_FUSED_CPU=1 asks for lookahead_fused._cpu, but no C++ compiler was found" in result.output
-    )
+    assert "LOOKAHEAD_FUSED_CPU=1 asks for lookahead_fused._cpu, but no C++ compiler was found" in result.output
 
 
 def test_the_module_can_be_left_out(copy, pip_wheel):

@@ -236,6 +236,20 @@ def test_values_at_the_edge(backend: BackendCase, rule: str, dtype: torch.dtype)
             pair.step([g.clone()])
 
 
+@pytest.mark.skipif(not can_set_grad_dtype(), reason="this torch keeps gradients in their parameter's dtype")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+def test_every_nan_stays_one(backend: BackendCase, rule: str, dtype: torch.dtype) -> None:
+    """Rounding by adding to the bits makes -0 of a NaN whose bits are all set."""
+    bits = torch.tensor([0x7FC00000, 0x7FFFFFFF, -1, -0x400000, 0x7FC00001, 0x7FFF8000], dtype=torch.int32)
+    grad = bits.view(torch.float32).repeat(7)
+    p = torch.nn.Parameter(torch.ones(grad.shape, dtype=dtype, device=backend.device))
+    pair = Lockstep(backend, rule, ([p], {}), lr=0.1, k=2)
+    for _ in range(2):
+        pair.step([grad.to(backend.device)])
+        assert p.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])
 def test_many_elements(backend: BackendCase, rule: str, dtype: torch.dtype) -> None:

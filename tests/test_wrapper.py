@@ -92,9 +92,7 @@ def check_by_hand(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("mode", ["none", "pullback", "reset"])
 @pytest.mark.parametrize("rule", FUSED)
-def test_fused_is_the_class_of_that_name(
-    backend: BackendCase, rule: str, mode: str, dtype: torch.dtype
-) -> None:
+def test_fused_is_the_class_of_that_name(backend: BackendCase, rule: str, mode: str, dtype: torch.dtype) -> None:
     """The same bits, and the same state, in the base's own dict under torch's names."""
     params, twin_params = (make_params(((7,), (3, 5), ()), dtype, device=backend.device) for _ in range(2))
     base = TORCH_CLASSES[rule](params, **FUSED[rule])
