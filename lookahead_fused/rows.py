@@ -41,8 +41,7 @@ class Row:
         return not is_dense(local_tensor(self.owner))
 
     def write_back(self) -> None:
-        """Hands the update to an owner that `param` is a copy of, and lets go of the gradient that made it."""
-        self.gradient = None
+        """Hands the update to an owner that `param` is a copy of."""
         if self.is_copy:
             local_tensor(self.owner).copy_(self.param)
 

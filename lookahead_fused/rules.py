@@ -179,7 +179,8 @@ def check_group(group: Mapping[str, Any], fields: tuple[Field, ...]) -> None:
             raise TypeError(f"{field.key} must be {field.expected}, got {_shown(value)}")
         elif not field.low <= float(value) <= field.high:
             raise ValueError(f"{field.key} must be {field.expected}, got {value!r}")
-    if group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
+    has_nesterov = any(field.key == "nesterov" for field in fields)
+    if has_nesterov and group.get("nesterov") and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError(
             "nesterov=True must come with momentum > 0 and dampening = 0, "
             f"got momentum={group['momentum']!r} and dampening={group['dampening']!r}"

@@ -93,8 +93,9 @@ class SlowWeights(Optimizer):
         state = {
             index: {name: _as_saved(value, traded) for name, value in entries.items()}
             for index, entries in state_dict["state"].items()
+            if isinstance(entries, dict)
         }
-        return {**state_dict, "state": state}
+        return {**state_dict, "state": {**state_dict["state"], **state}}
 
     def _refuse_inside_slow_weights(self, call: str) -> None:
         if self._depth > 0:

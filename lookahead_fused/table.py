@@ -73,8 +73,7 @@ class Table:
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         """Raises ValueError or TypeError for a parameter group that holds a value out of bounds."""
-        rules.check_group(group, self.fields)
-        check_name(group[self.settings.backend], self.settings.backend)
+        _check_group(self.fields, self.settings.backend, group)
 
     def invalidate(self) -> None:
         """Forgets all that was derived from state that has been replaced."""
@@ -132,6 +131,8 @@ class Table:
             for part in self._parts:
                 if part.native is not None:
                     part.native.release()
+                for row in part.rows:
+                    row.gradient = None
 
     def rows_with_slow_weights(self, groups: Groups, state: State) -> list[tuple[Row, dict[str, Any]]]:
         """A row for every parameter that has slow weights, with its group; to be written by `write_back`."""
@@ -147,9 +148,13 @@ class Table:
         for group in groups:
             self.check_group(group)
         chosen: list[tuple[Tensor, dict[str, Any], int, ModuleType]] = []
+        seen: set[Tensor] = set()
         dormant: list[Tensor] = []
         for index, group in enumerate(groups):
             for position, param in enumerate(group["params"]):
+                if param in seen:
+                    raise ValueError(f"{parameter_name(index, position)} must be there once, and is there before")
+                seen.add(param)
                 if param.grad is None:
                     dormant.append(param)
                     continue
@@ -206,6 +211,7 @@ class Table:
             maker = part.backend.native()
             if maker is None:
                 return
+            part.places = [Place(row.owner, row.param, row.is_copy) for row in part.rows]
             part.native = maker.Table(
                 tensor_type=Tensor,
                 use_exchange_api=use_exchange_api,
@@ -215,32 +221,39 @@ class Table:
                 rows=[describe_row(row, self.rule) for row in part.rows],
                 groups=part.groups,
                 fields=tuple((f.key, f.item, f.slot, f.kind, f.low, f.high) for f in self.fields),
-                conform=partial(_conform, part),
-                read_group=self._read_group,
+                # Neither holds the part or this table, which hold what is made here: the optimizer's memory is free as
+                # soon as it is deleted, without waiting for the garbage collector.
+                conform=partial(_conform, part.places, part.grad_dtype),
+                read_group=partial(_read_group, self.fields, self.settings.backend),
                 chunk_elements=chunk_elements,
             )
-            part.places = [Place(row.owner, row.param, row.is_copy) for row in part.rows]
             part.rows = []
             if not part.native.refresh(True, True):
                 raise RuntimeError("a table changed while it was made: is another thread changing the optimizer?")
         if maker is not None:
             self._watch = maker.Watch(Tensor, groups, state, self.state_names, dormant)
 
-    def _read_group(self, group: Mapping[str, Any]) -> tuple[float | int, ...]:
-        self.check_group(group)
-        return tuple(rules.as_number(f, f.value(group)) for f in self.fields)
+
+def _read_group(fields: tuple[rules.Field, ...], backend: str, group: Mapping[str, Any]) -> tuple[float | int, ...]:
+    _check_group(fields, backend, group)
+    return tuple(rules.as_number(f, f.value(group)) for f in fields)
 
 
-def _conform(part: Part, index: int, gradient: Tensor) -> Tensor | None:
+def _check_group(fields: tuple[rules.Field, ...], backend: str, group: Mapping[str, Any]) -> None:
+    rules.check_group(group, fields)
+    check_name(group[backend], backend)
+
+
+def _conform(places: list[Place], grad_dtype: torch.dtype, index: int, gradient: Tensor) -> Tensor | None:
     """The gradient in its row's layout; None where the row must be made anew, which also finds what is wrong."""
-    place = part.places[index]
+    place = places[index]
     owner, gradient = local_tensor(place.owner), local_tensor(gradient)
     moved = owner.shape != place.param.shape or not (place.is_copy or owner is place.param)
-    if moved or gradient.layout != torch.strided or gradient.dtype != part.grad_dtype:
+    if moved or gradient.layout != torch.strided or gradient.dtype != grad_dtype:
         return None
     if gradient.shape != owner.shape or gradient.device != owner.device:
         return None
-    return copy_in_layout(gradient, place.param, part.grad_dtype)
+    return copy_in_layout(gradient, place.param, grad_dtype)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -209,15 +209,19 @@ class Lookahead(SlowWeights):
             RuntimeError: Inside `slow_weights()`.
             ValueError: pullback_momentum names a moment that the base does not keep.
         """
-        if not self._is_fused and any("slow_param" in own for own in self.state.values()):
+        if not self._is_fused and any("slow_param" in own for own in self._states()):
             self._find_first_moment()
         super().sync()
+
+    def _states(self) -> Iterator[dict[str, Any]]:
+        """The parameters' states; an optimizer may keep something else beside them."""
+        return (own for own in self.state.values() if isinstance(own, dict))
 
     def _find_first_moment(self) -> None:
         """Which of the base's tensors is the first moment shows once it has made one."""
         if all(group[SETTINGS.pullback_momentum] == "none" for group in self.param_groups):
             return
-        names = {name for own in self.state.values() for name in _FIRST_MOMENTS if isinstance(own.get(name), Tensor)}
+        names = {name for own in self._states() for name in _FIRST_MOMENTS if isinstance(own.get(name), Tensor)}
         if not names:
             raise ValueError(
                 f"{SETTINGS.pullback_momentum} must be 'none' over {type(self.base_optimizer).__name__}, which keeps "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,7 @@ from helpers import (
 )
 from runs import advance, assert_same_run, copies
 
+import lookahead_fused
 from lookahead_fused import Lookahead
 
 # ------------------------------------------------------------------------------------------------------------
@@ -240,3 +243,45 @@ def test_grad_scaler(backend: BackendCase, name: str, hyper: dict[str, Any], uns
             assert same_tensor_bits(p, q)
             assert_unchanged(dict(twin.state[q]), dict(optimizer.state[p]))
     assert not hasattr(optimizer.base_optimizer, "found_inf")
+
+
+def test_state_that_is_no_parameters_is_left_alone(backend: BackendCase) -> None:
+    """An optimizer may keep something for itself in its state, under a name; torch saves and loads it."""
+    p = torch.nn.Parameter(torch.ones(3, device=backend.device))
+    optimizer = lookahead_fused.Lookahead(torch.optim.RMSprop([p], lr=0.1), k=2, backend=backend.name)
+    optimizer.state["global"] = 7
+    for _ in range(4):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert optimizer.state["global"] == 7
+    with optimizer.slow_weights():
+        assert optimizer.state_dict()["state"]["global"] == 7
+    assert optimizer.state[p]["lookahead_step"].item() == 4
+
+
+def test_a_parameter_given_twice_is_refused(backend: BackendCase) -> None:
+    """Two rows over one memory would be stepped by two threads at once."""
+    p = torch.nn.Parameter(torch.ones(3, device=backend.device))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = lookahead_fused.LookaheadAdamW([p, p], backend=backend.name)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="parameter 1 of group 0"):
+        optimizer.step()
+    assert torch.equal(p.detach(), torch.ones_like(p))
+    assert not optimizer.state
+
+
+def test_memory_is_free_when_the_optimizer_is_deleted(backend: BackendCase) -> None:
+    """At once, as with torch's optimizers, and not when the garbage collector comes by."""
+    p = torch.nn.Parameter(torch.ones(3, device=backend.device))
+    optimizer = lookahead_fused.LookaheadAdamW([p], backend=backend.name)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.step()
+    slow = weakref.ref(optimizer.state[p]["slow_param"])
+    gc.disable()
+    try:
+        del optimizer
+        assert slow() is None
+    finally:
+        gc.enable()

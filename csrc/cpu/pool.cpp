@@ -22,12 +22,16 @@ class Pool {
             task_ = &task;
             count_ = count;
             next_.store(0, std::memory_order_relaxed);
-            wanted_ = running_ = threads - 1;
+            wanted_ = threads - 1;
+            open_ = true;
             ++region_;
         }
         wake_.notify_all();
         work(task, count);
         std::unique_lock<std::mutex> lock(mutex_);
+        // Only those that came are waited for. One that wakes late finds the region closed: after a backward pass
+        // torch's own threads spin on the other cores for milliseconds, longer than a small model's step takes.
+        open_ = false;
         done_.wait(lock, [this] { return running_ == 0; });
     }
 
@@ -48,7 +52,8 @@ class Pool {
         for (;;) {
             wake_.wait(lock, [&] { return region_ != seen; });
             seen = region_;
-            if (index >= wanted_) continue;
+            if (!open_ || index >= wanted_) continue;
+            ++running_;
             const auto* task = task_;
             const int64_t count = count_;
             lock.unlock();
@@ -68,6 +73,7 @@ class Pool {
     const std::function<void(int64_t)>* task_ = nullptr;
     int64_t count_ = 0;
     std::atomic<int64_t> next_{0};
+    bool open_ = false;
     int wanted_ = 0, running_ = 0;
     uint64_t region_ = 0;
 };

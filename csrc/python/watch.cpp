@@ -35,9 +35,13 @@ Watch::Watch(py::handle tensor_type, py::list groups, py::dict state, py::tuple 
         groups_.push_back(std::move(seen));
     }
     for (const auto& [param, own] : state) {
-        if (!PyDict_Check(own.ptr())) throw py::type_error("a parameter's state must be a dict");
-        const py::dict entries = py::reinterpret_borrow<py::dict>(own);
         kept.append(param);
+        // An optimizer may keep something for itself under a name of its own.
+        if (!PyDict_Check(own.ptr())) {
+            state_.push_back({param.ptr(), NOT_A_DICT});
+            continue;
+        }
+        const py::dict entries = py::reinterpret_borrow<py::dict>(own);
         state_.push_back({param.ptr(), entries.size()});
         for (const auto& [key, value] : entries) {
             kept.append(key);
@@ -77,10 +81,9 @@ bool Watch::same_entries(py::dict state) const {
     Py_ssize_t position = 0;
     const Entry* entry = entries_.data();
     for (const StateSeen& seen : state_) {
-        if (!PyDict_Next(state.ptr(), &position, &param, &own) || param != seen.param || !PyDict_Check(own) ||
-            PyDict_GET_SIZE(own) != static_cast<Py_ssize_t>(seen.entries)) {
-            return false;
-        }
+        if (!PyDict_Next(state.ptr(), &position, &param, &own) || param != seen.param) return false;
+        if (seen.entries == NOT_A_DICT) continue;
+        if (!PyDict_Check(own) || PyDict_GET_SIZE(own) != static_cast<Py_ssize_t>(seen.entries)) return false;
         for (Py_ssize_t at = 0; PyDict_Next(own, &at, &key, &value); ++entry) {
             if (key != entry->key || (entry->value != nullptr && value != entry->value)) return false;
         }
@@ -90,7 +93,7 @@ bool Watch::same_entries(py::dict state) const {
 
 bool Watch::state_is_private(py::dict state) const {
     for (const auto& [param, own] : state) {
-        if (Py_REFCNT(own.ptr()) > 1) return false;
+        if (PyDict_Check(own.ptr()) && Py_REFCNT(own.ptr()) > 1) return false;
     }
     for (const Entry& entry : entries_) {
         // Once in the dict and once among a row's columns. What is not a plain tensor (a DTensor's state) has parts

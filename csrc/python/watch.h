@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <vector>
 
 #include "tensor_reader.h"
@@ -37,6 +38,7 @@ class Watch {
         PyObject* param;
         size_t entries;  // how many of entries_ are this parameter's
     };
+    static constexpr size_t NOT_A_DICT = SIZE_MAX;
     struct Entry {
         PyObject* key;
         PyObject* value;  // null where it does not matter
