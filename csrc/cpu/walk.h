@@ -133,8 +133,10 @@ struct Walk {
         const auto forward = [](auto*& pointer) {
             if (pointer != nullptr) pointer += N;
         };
+        // What lies behind a small tensor is not what comes next.
+        const bool streams = row.numel > 8 * AHEAD;
         for (; count >= N; count -= N) {
-            prefetch(step, at);
+            if (streams) prefetch(step, at);
             element(step, at);
             at.param += N;
             forward(at.grad);
