@@ -137,6 +137,7 @@ inline uint16_t float_to_half_bits(float value) {
     const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
     const float magnitude = std::fabs(value);
     if (std::isnan(value)) return 0x7fff;
+    if (magnitude == 0) return sign;
     if (magnitude >= 65520.0f) return sign | 0x7c00;
     // In units of the half's last place, which is 2^-24 for the smallest; nearbyint rounds ties to even.
     int exponent;
