@@ -6,7 +6,7 @@ Read from the environment:
                              1: where it cannot be built, the install fails
                              0: it is left out
     LOOKAHEAD_FUSED_CUDA     the same for _cuda, which needs nvcc besides; FORCE_CUDA=1 is the same as 1
-    CUDA_HOME                the toolkit whose nvcc is taken; else the one on PATH, else that of NVIDIA's Python packages
+    CUDA_HOME                the toolkit whose nvcc is taken; else the one on PATH, else that of NVIDIA's packages
     TORCH_CUDA_ARCH_LIST     what _cuda is built for: "8.0 9.0a 12.0+PTX", or with ";"; default: see ARCHITECTURES below
     LOOKAHEAD_FUSED_LOCAL_VERSION   is appended to the version: cu130 makes 0.1.0+cu130
     CXX, CXXFLAGS, LDFLAGS   as in CMake
@@ -120,7 +120,11 @@ def toolkit_nvcc(program: str) -> Path | str:
     tried = subprocess.run([program, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
     top = re.search(r"^#\$ TOP=(.+)$", tried.stderr, re.MULTILINE)
     nvcc = Path(top[1].strip(), "bin", "nvcc").resolve() if top else Path(program)
-    return nvcc if top and nvcc.is_file() else f"{program} does not tell where its toolkit is: {tried.stderr.strip()[:200]}"
+    return (
+        nvcc
+        if top and nvcc.is_file()
+        else f"{program} does not tell where its toolkit is: {tried.stderr.strip()[:200]}"
+    )
 
 
 def cuda_architectures(nvcc: Path) -> list[str]:

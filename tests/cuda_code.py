@@ -71,9 +71,7 @@ def kernels(module: Path) -> list[Kernel]:
             code.setdefault((architecture, function), []).append(found[1].strip("{} "))
     for (architecture, function), used in usage.items():
         lines = tuple(code[architecture, function])
-        result.append(
-            Kernel(_short(function), architecture, used["REG"], used["STACK"], used.get("LOCAL", 0), lines)
-        )
+        result.append(Kernel(_short(function), architecture, used["REG"], used["STACK"], used.get("LOCAL", 0), lines))
     return result
 
 
@@ -82,6 +80,13 @@ def ptx(module: Path) -> list[str]:
     cuobjdump = tool("cuobjdump")
     assert cuobjdump is not None
     return sorted(set(re.findall(r"\.(sm_\w+)\.ptx", _output(cuobjdump, "-lptx", str(module)))))
+
+
+def ptx_text(module: Path) -> str:
+    """All PTX in a module; empty where it has none."""
+    cuobjdump = tool("cuobjdump")
+    assert cuobjdump is not None
+    return _output(cuobjdump, "-ptx", str(module))
 
 
 def _short(mangled: str) -> str:

@@ -18,7 +18,7 @@ MOST_REGISTERS = 64
 
 
 @pytest.fixture(scope="module")
-def kernels() -> list[cuda_code.Kernel]:
+def path() -> Path:
     module = build.module("_cuda")
     if module is None:
         pytest.skip(build.reason("_cuda"))
@@ -26,9 +26,12 @@ def kernels() -> list[cuda_code.Kernel]:
         if cuda_code.tool(name) is None:
             pytest.skip(f"{name} was found neither in triton's wheel nor on PATH")
     assert module.__file__ is not None
-    found = cuda_code.kernels(Path(module.__file__))
-    print(cuda_code.table(found))
-    return found
+    return Path(module.__file__)
+
+
+@pytest.fixture(scope="module")
+def kernels(path: Path) -> list[cuda_code.Kernel]:
+    return cuda_code.kernels(path)
 
 
 def walks(kernels: list[cuda_code.Kernel]) -> Iterator[tuple[cuda_code.Kernel, str]]:
@@ -37,7 +40,11 @@ def walks(kernels: list[cuda_code.Kernel]) -> Iterator[tuple[cuda_code.Kernel, s
             yield kernel, f"{kernel.name} on {kernel.architecture}"
 
 
-def test_every_kernel_is_there_for_every_architecture(kernels: list[cuda_code.Kernel]) -> None:
+def test_every_kernel_is_there_for_every_architecture(
+    kernels: list[cuda_code.Kernel], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with capsys.disabled():
+        print("\n" + cuda_code.table(kernels))
     module = build.module("_cuda")
     assert module is not None
     entries = [entry.partition("+")[0].replace(".", "") for entry in module.architectures.split()]
@@ -61,7 +68,9 @@ def test_memory_is_reached_as_global_and_16_bytes_at_a_time(kernels: list[cuda_c
     for kernel, where in walks(kernels):
         codes = kernel.opcodes()
         assert not [code for code in codes if re.match(r"(LD|ST)(\.|$)", code)], where
-        wide = {op: sum(n for code, n in codes.items() if code.startswith(op) and ".128" in code) for op in ("LDG", "STG")}
+        wide = {
+            op: sum(n for code, n in codes.items() if code.startswith(op) and ".128" in code) for op in ("LDG", "STG")
+        }
         if "double, float" in kernel.name:
             assert wide == {"LDG": 0, "STG": 0}, where
             continue
@@ -91,6 +100,18 @@ def test_the_rules_are_rounded_operation_by_operation(kernels: list[cuda_code.Ke
 def _moves_a_constant(kernel: cuda_code.Kernel, code: str) -> bool:
     """The compiler spreads moves over the pipes: HFMA2 R1, -RZ, RZ, 0, 1 sets a register."""
     return all("-RZ, RZ" in line for line in kernel.code if cuda_code.opcode(line) == code)
+
+
+def test_ptx_asks_for_nothing_fused_or_approximate(path: Path) -> None:
+    """There a division is one instruction. The machine code for every architecture comes of the same source."""
+    text = cuda_code.ptx_text(path)
+    if not text:
+        pytest.skip("the module holds no PTX")
+    assert re.search(r"\bdiv\.rn\.f32\b", text)
+    assert re.search(r"\bsqrt\.rn\.f32\b", text)
+    assert re.findall(r"\b(?:fma|mad)\.\w+\.f\d+\b|\.approx\b|\.full\b|\.ftz\b", text) == []
+    # Without a rounding mode the assembler may fuse.
+    assert re.findall(r"\b(?:add|sub|mul)\.f(?:32|64)\b", text) == []
 
 
 def test_no_fp64_outside_of_fp64(kernels: list[cuda_code.Kernel]) -> None:

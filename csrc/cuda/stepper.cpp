@@ -44,7 +44,8 @@ Stepper::Stepper(const Table& table, const Kernel& kernel, int device, const Mem
     check(kernel.load(), std::string("loading the kernels of ") + kernel.name + " onto device " +
                              std::to_string(device) + " (this build has " LOOKAHEAD_FUSED_CUDA_ARCHITECTURES ")");
 
-    std::vector<std::byte> fixed(row_bytes(table) + chunk_bytes(table));
+    // The room for coefficients too: their padding is copied with them, and would pass for memory never written.
+    std::vector<std::byte> fixed(sizes(table, kernel).fixed);
     if (table.row_count > 0) std::memcpy(fixed.data(), table.rows, table.row_count * sizeof(Row));
     if (table.chunk_count > 0) {
         std::memcpy(fixed.data() + row_bytes(table), table.chunks, table.chunk_count * sizeof(Chunk));

@@ -29,8 +29,9 @@ struct Walk {
     using Step = RowStep<Rule, T>;
     static constexpr int MOMENTS = Rule::MOMENTS;
 
-    // What a thread takes at a time: 16 bytes of the parameter, and of what is kept in a larger type a multiple of that.
-    // Not of fp64 parameters with fp32 gradients, a rare pair whose conversions would not fit the registers: 8 bytes.
+    // What a thread takes at a time: 16 bytes of the parameter, and of what is kept in a larger type a multiple of
+    // that. Not of fp64 parameters with fp32 gradients, a rare pair whose conversions would not fit the registers: 8
+    // bytes.
     static constexpr int VECTOR = sizeof(G) < sizeof(P) ? 1 : 16 / sizeof(P);
 
     // The parameter is kept in fewer bits than it is computed in; only then there may be a master.
@@ -64,8 +65,8 @@ struct Walk {
 
     static __device__ bool aligned(const Arrays& at) {
         const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
-        uintptr_t all = address(at.param) | address(at.grad) | address(at.master) | address(at.slow) |
-                        address(at.slow_moment);
+        uintptr_t all =
+            address(at.param) | address(at.grad) | address(at.master) | address(at.slow) | address(at.slow_moment);
         for (int i = 0; i < MOMENTS; ++i) all |= address(at.moment[i]);
         return all % 16 == 0;
     }
@@ -197,7 +198,9 @@ template <class Rule, class P, class G>
 const Kernel* kernel(const char* name) {
     using T = Compute<P>;
     static const Kernel kernel{
-        name, sizeof(RowStep<Rule, T>), Rule::reads_gradient,
+        name,
+        sizeof(RowStep<Rule, T>),
+        Rule::reads_gradient,
         [](const Launch& arguments, unsigned blocks, cudaStream_t stream) {
             return launch(&rows<Rule, T>, blocks, ROW_THREADS, stream, arguments);
         },

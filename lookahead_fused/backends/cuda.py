@@ -125,8 +125,8 @@ def _not_covered(module: ModuleType, index: int) -> str:
     number = ".".join(map(str, capability))
     return (
         f"{torch.cuda.get_device_name(index)} has compute capability {number}, and this build is for "
-        f"{module.architectures}; rebuild it with TORCH_CUDA_ARCH_LIST={number} pip install --force-reinstall --no-deps "
-        "--no-binary lookahead_fused lookahead_fused"
+        f"{module.architectures}; rebuild it with TORCH_CUDA_ARCH_LIST={number} pip install --force-reinstall "
+        "--no-deps --no-binary lookahead_fused lookahead_fused"
     )
 
 

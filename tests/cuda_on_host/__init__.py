@@ -49,7 +49,9 @@ def build(*options: str) -> Path:
     """The module, compiled with further options unless that was done before."""
     csrc = ROOT / "csrc"
     folders = [csrc / name for name in ("rules", "table", "cuda", "python")] + [HERE]
-    sources = sorted(path for folder in folders for path in folder.iterdir() if path.suffix in (".h", ".cuh", ".cu", ".cpp"))
+    sources = sorted(
+        path for folder in folders for path in folder.iterdir() if path.suffix in (".h", ".cuh", ".cu", ".cpp")
+    )
     digest = hashlib.sha256(repr((CXX, FLAGS, options, sys.version)).encode())
     for path in sources:
         digest.update(path.read_bytes())
@@ -68,7 +70,9 @@ def _compile(sources: list[Path], options: tuple[str, ...], module: Path) -> Non
 
     unit = module.with_name("all.cpp")
     bindings = ("cuda_module.cpp", "table_binding.cpp", "tensor_reader.cpp", "watch.cpp")
-    chosen = [path for path in sources if path.suffix == ".cu" or path.name in (*bindings, "stepper.cpp", "cuda_on_host.cpp")]
+    chosen = [
+        path for path in sources if path.suffix == ".cu" or path.name in (*bindings, "stepper.cpp", "cuda_on_host.cpp")
+    ]
     unit.write_text("".join(f'#include "{path}"\n' for path in chosen))
     includes = [pybind11.get_include(), sysconfig.get_path("include"), str(ROOT / "csrc"), str(HERE)]
     defines = [
@@ -91,7 +95,8 @@ def load() -> ModuleType:
     """The module; under LOOKAHEAD_FUSED_CUDA_HOST, the one that this variable names."""
     path = os.environ.get("LOOKAHEAD_FUSED_CUDA_HOST") or build()
     spec = importlib.util.spec_from_file_location("_cuda_host", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -148,9 +153,11 @@ class Torch:
 def register() -> ModuleType:
     """Adds the backend to those that the optimizers know; returns its Python module, a second `backends/cuda.py`."""
     spec = importlib.util.find_spec("lookahead_fused.backends.cuda")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     spec = importlib.util.spec_from_file_location("lookahead_fused.backends.cuda_host", spec.origin)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     backend: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(backend)
     backend.NAME, backend.DEVICES = NAME, ("cpu",)

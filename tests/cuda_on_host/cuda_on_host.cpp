@@ -44,16 +44,16 @@ struct Range {
 
 // All that the tests set and ask, in one place.
 struct Control {
-    std::string calls;        // names, one line each
-    int64_t count = 0;        // of calls
-    int64_t fail_at = -1;     // the number of the call that fails
-    int64_t live = 0;         // events and user objects
-    unsigned order = 0;       // 0: blocks and threads in order; else a seed to shuffle them by
-    bool late = false;        // operations wait on their stream
-    bool idle = false;        // kernels do nothing
+    std::string calls;     // names, one line each
+    int64_t count = 0;     // of calls
+    int64_t fail_at = -1;  // the number of the call that fails
+    int64_t live = 0;      // events and user objects
+    unsigned order = 0;    // 0: blocks and threads in order; else a seed to shuffle them by
+    bool late = false;     // operations wait on their stream
+    bool idle = false;     // kernels do nothing
     int device = 0;
     std::vector<Range> watched;
-    int64_t elsewhere = 0;    // accesses outside of what is watched
+    int64_t elsewhere = 0;  // accesses outside of what is watched
     std::vector<std::pair<uintptr_t, uintptr_t>> pinned;
     std::vector<cudaStream_t> streams;
     int capturing = 0;
@@ -67,10 +67,10 @@ cudaError_t enter(const char* name) {
     return control.count++ == control.fail_at ? cudaErrorMemoryAllocation : cudaSuccess;
 }
 
-#define ENTER(name)                                                \
-    do {                                                           \
-        const cudaError_t injected = enter(name);                  \
-        if (injected != cudaSuccess) return injected;              \
+#define ENTER(name)                                   \
+    do {                                              \
+        const cudaError_t injected = enter(name);     \
+        if (injected != cudaSuccess) return injected; \
     } while (false)
 
 StandInStream& real(cudaStream_t stream) {
@@ -125,7 +125,8 @@ struct Block {
 void leave_fiber() {
     Fiber* const fiber = block.current;
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(fiber->finished ? nullptr : &fiber->fake_stack, block.stack_bottom, block.stack_bytes);
+    __sanitizer_start_switch_fiber(fiber->finished ? nullptr : &fiber->fake_stack, block.stack_bottom,
+                                   block.stack_bytes);
 #endif
     swapcontext(&fiber->context, &block.scheduler);
 #if defined(__SANITIZE_ADDRESS__)
@@ -240,17 +241,17 @@ void access(const void* pointer, size_t bytes, bool write) {
 // ---- the runtime -----------------------------------------------------------------------------------------------
 
 const char* cudaGetErrorString(cudaError_t error) {
-    return error == cudaErrorMemoryAllocation   ? "out of memory"
+    return error == cudaErrorMemoryAllocation    ? "out of memory"
            : error == cudaErrorMisalignedAddress ? "misaligned address"
                                                  : "another error";
 }
 
 const char* cudaGetErrorName(cudaError_t error) {
-    return error == cudaErrorMemoryAllocation            ? "cudaErrorMemoryAllocation"
-           : error == cudaErrorMisalignedAddress          ? "cudaErrorMisalignedAddress"
-           : error == cudaErrorStreamCaptureUnsupported   ? "cudaErrorStreamCaptureUnsupported"
-           : error == cudaErrorLaunchFailure              ? "cudaErrorLaunchFailure"
-                                                          : "cudaErrorInvalidValue";
+    return error == cudaErrorMemoryAllocation           ? "cudaErrorMemoryAllocation"
+           : error == cudaErrorMisalignedAddress        ? "cudaErrorMisalignedAddress"
+           : error == cudaErrorStreamCaptureUnsupported ? "cudaErrorStreamCaptureUnsupported"
+           : error == cudaErrorLaunchFailure            ? "cudaErrorLaunchFailure"
+                                                        : "cudaErrorInvalidValue";
 }
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }

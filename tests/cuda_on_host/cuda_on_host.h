@@ -41,7 +41,11 @@ enum cudaError_t {
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
+enum cudaStreamCaptureMode {
+    cudaStreamCaptureModeGlobal,
+    cudaStreamCaptureModeThreadLocal,
+    cudaStreamCaptureModeRelaxed
+};
 constexpr unsigned cudaEventDisableTiming = 2;
 constexpr unsigned cudaUserObjectNoDestructorSync = 1;
 constexpr unsigned cudaGraphUserObjectMove = 1;
@@ -94,7 +98,8 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)(Arguments...)) {
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
     // Copied now, as kernel arguments are.
     auto held = std::tuple<Parameters...>(std::forward<Arguments>(arguments)...);
     return stand_in::launch(*config, [kernel, held] { std::apply(kernel, held); });
@@ -127,7 +132,7 @@ void __stcs(Word* address, Word word) {
 // What the conversion instructions give, but for a NaN's sign and payload.
 inline float half_bits_to_float(uint16_t half) {
     const int exponent = half >> 10 & 0x1f, fraction = half & 0x3ff;
-    const float magnitude = exponent == 31 ? (fraction != 0 ? NAN : INFINITY)
+    const float magnitude = exponent == 31  ? (fraction != 0 ? NAN : INFINITY)
                             : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
                                             : std::ldexp(static_cast<float>(fraction | 0x400), exponent - 25);
     return half & 0x8000 ? -magnitude : magnitude;
