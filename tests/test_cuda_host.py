@@ -407,6 +407,7 @@ def test_a_graph_keeps_what_it_reads(runtime: ctypes.CDLL, monkeypatch: pytest.M
     with capture:
         optimizer.step()
     monkeypatch.undo()
+    gc.collect()
     live = runtime.control_live()
     (p,) = params
     del optimizer, params
