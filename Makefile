@@ -2,6 +2,7 @@
 #
 #   TORCH    what `pip install` is told to get torch:  make test TORCH="torch==2.14.1"
 #   TORCHES  the releases that `make test-torches` runs one wheel under
+#   ARCHS    what the CUDA module of `make wheel` is built for:  make wheel ARCHS="9.0 10.0+PTX"
 #   ARGS     further arguments of the script or of pytest:  make test ARGS="-k checkpoint"
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ PYTEST := -m pytest -n $(WORKERS) --dist loadgroup --benchmark-disable
 CPP_FILES = $(shell find csrc bench tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench-cpu wheel test-torches clean
+.PHONY: help demo test lint format bench-cpu wheel test-torches sanitize gpu-report clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,8 +43,26 @@ format: $(VENV)/.extra-lint ## rewrite the sources as `make lint` wants them
 bench-cpu: $(VENV)/.built ## step times against torch's optimizers on this CPU
 	$(PY) bench/cpu.py $(ARGS)
 
-wheel: $(VENV)/.tools ## a wheel in dist/
-	$(PIP) wheel --no-deps --wheel-dir dist .
+wheel: $(VENV)/.tools ## a wheel in dist/, and what machine code is in it
+	$(if $(ARCHS),TORCH_CUDA_ARCH_LIST="$(ARCHS)") $(PIP) wheel --no-deps --wheel-dir dist .
+	$(PY) tests/cuda_code.py $$(ls -t dist/*.whl | head -1)
+
+# Where there is a GPU. Each tool runs the tests that launch kernels; PyTorch's caching of memory would hide from it
+# where a tensor ends.
+sanitize: $(VENV)/.extra-test ## compute-sanitizer's memcheck, racecheck and initcheck over the CUDA tests
+	@command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not on PATH; it is in the CUDA toolkit"; exit 1; }
+	@set -e; for check in memcheck racecheck initcheck; do \
+	  echo "== $$check"; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$check --error-exitcode 9 --launch-timeout 0 \
+	    --kernel-regex kns=lookahead_fused $(PY) -m pytest -q -p no:cacheprovider --benchmark-disable \
+	    -m "not slow" -k "(test_rules or test_layout) and cuda-cuda or test_cuda_gpu and not graph" $(ARGS) tests; \
+	done
+
+gpu-report: $(VENV)/.extra-test ## all that a first GPU is for, in one file: gpu-report.txt
+	@{ nvidia-smi; $(PY) -m lookahead_fused; \
+	  echo "== tests"; $(PY) -m pytest -q -p no:cacheprovider --benchmark-disable -k "cuda" $(ARGS) tests; \
+	  echo "== sanitizer"; $(MAKE) --no-print-directory sanitize; \
+	  echo "== benchmark"; $(PY) bench/cuda.py; } 2>&1 | tee gpu-report.txt
 
 # PYTHONSAFEPATH keeps the source tree off sys.path; the suite checks that it runs the package it is told to expect.
 test-torches: $(VENV)/.tools ## the whole suite against one wheel under each release in TORCHES
@@ -91,7 +110,8 @@ $(VENV)/.tools: $(VENV)/.python pyproject.toml
 
 # find lists the directories too, so that a file added or removed counts as a change.
 COMPILED_WITH := $(strip $(shell for compiler in c++ g++ clang++; do command -v $$compiler; done; \
-  echo "$$CXX" "$$CXXFLAGS" "$$LDFLAGS" "$$LOOKAHEAD_FUSED_CPU"))
+  echo "$$CXX" "$$CXXFLAGS" "$$LDFLAGS" "$$LOOKAHEAD_FUSED_CPU"; \
+  command -v nvcc; echo "$$CUDA_HOME" "$$FORCE_CUDA" "$$LOOKAHEAD_FUSED_CUDA" "$$TORCH_CUDA_ARCH_LIST"))
 ifneq ($(shell cat $(VENV)/.built 2>/dev/null),$(COMPILED_WITH))
 .PHONY: $(VENV)/.built
 endif

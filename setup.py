@@ -5,6 +5,10 @@ Read from the environment:
     LOOKAHEAD_FUSED_CPU      unset: _cpu is built where there is a C++ compiler, else left out with a message
                              1: where it cannot be built, the install fails
                              0: it is left out
+    LOOKAHEAD_FUSED_CUDA     the same for _cuda, which needs nvcc besides; FORCE_CUDA=1 is the same as 1
+    CUDA_HOME                the toolkit whose nvcc is taken; else the one on PATH, else that of NVIDIA's packages
+    TORCH_CUDA_ARCH_LIST     what _cuda is built for: "8.0 9.0a 12.0+PTX", or with ";"; default: see ARCHITECTURES below
+    LOOKAHEAD_FUSED_LOCAL_VERSION   is appended to the version: cu130 makes 0.1.0+cu130
     CXX, CXXFLAGS, LDFLAGS   as in CMake
     MAX_JOBS                 how many files are compiled at a time (default: Ninja's choice)
 
@@ -16,8 +20,10 @@ lookahead_fused/_build_info.json.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -36,6 +42,9 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = "lookahead_fused"
 BUILD_INFO = "_build_info.json"
 COMPILERS = ("c++", "g++", "clang++")
+# Of each generation since Turing what most cards are, of those that the compiler knows; the newest also as PTX, which
+# the driver compiles for cards that come later.
+ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
 class NativeModule(NamedTuple):
@@ -53,6 +62,8 @@ class NativeModule(NamedTuple):
             PlatformError: the switch is 1 and the machine cannot build the module.
         """
         asked = os.environ.get(self.switch, "")
+        if not asked and self.name == "_cuda" and os.environ.get("FORCE_CUDA") == "1":
+            asked = "1"
         if asked not in ("", "0", "1"):
             raise OptionError(f"{self.switch} must be 0, 1 or unset, got {asked!r}")
         if asked == "0":
@@ -81,7 +92,74 @@ def missing_for_cpp() -> str | None:
     return None
 
 
-MODULES = (NativeModule("_cpu", "LOOKAHEAD_FUSED_CPU", missing_for_cpp),)
+def missing_for_cuda() -> str | None:
+    """What this machine lacks to compile a Python module in CUDA."""
+    return missing_for_cpp() or (None if isinstance(find_nvcc(), Path) else str(find_nvcc()))
+
+
+def find_nvcc() -> Path | str:
+    """The CUDA compiler, or as a sentence why there is none."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        nvcc = Path(home, "bin", "nvcc")
+        return nvcc if nvcc.is_file() else f"CUDA_HOME names {home!r}, and there is no bin/nvcc in it"
+    on_path = shutil.which("nvcc")
+    if on_path:
+        return toolkit_nvcc(on_path)
+    # The packages nvidia-cuda-nvcc and nvidia-cuda-runtime share one directory, nvidia/cu13.
+    nvidia = importlib.util.find_spec("nvidia")
+    for place in (nvidia.submodule_search_locations or ()) if nvidia else ():
+        for nvcc in sorted(Path(place).glob("cu*/bin/nvcc"), reverse=True):
+            if next(nvcc.parents[1].glob("include/cuda_runtime.h"), None):
+                return nvcc
+    return "no nvcc was found (looked at CUDA_HOME, PATH and the packages nvidia-cuda-nvcc and nvidia-cuda-runtime)"
+
+
+def toolkit_nvcc(program: str) -> Path | str:
+    """The compiler in its toolkit: on PATH there may be a script that starts it, beside which no header lies."""
+    tried = subprocess.run([program, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.+)$", tried.stderr, re.MULTILINE)
+    nvcc = Path(top[1].strip(), "bin", "nvcc").resolve() if top else Path(program)
+    return (
+        nvcc
+        if top and nvcc.is_file()
+        else f"{program} does not tell where its toolkit is: {tried.stderr.strip()[:200]}"
+    )
+
+
+def cuda_architectures(nvcc: Path) -> list[str]:
+    """The entries of TORCH_CUDA_ARCH_LIST, or the default list.
+
+    Raises:
+        OptionError: one of them is no architecture, is older than 7.5, or is none that the compiler knows.
+    """
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = {f"{number[:-1]}.{number[-1]}" for number in re.findall(r"compute_(\d+)", listed)}
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    for entry in asked:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", entry):
+            raise OptionError(f"TORCH_CUDA_ARCH_LIST must hold entries like 8.0, 9.0a or 12.0+PTX, got {entry!r}")
+        number = re.match(r"\d+\.\d", entry)[0]
+        if float(number) < 7.5 or number not in known:
+            raise OptionError(
+                f"TORCH_CUDA_ARCH_LIST asks for {entry}; lookahead_fused needs 7.5 or later, and {nvcc} builds for "
+                f"{' '.join(sorted(known, key=float))}"
+            )
+    default = [number for number in ARCHITECTURES if number in known]
+    return asked or [*default[:-1], f"{default[-1]}+PTX"]
+
+
+def cmake_architectures(entries: list[str]) -> str:
+    """ "8.0 12.0+PTX" in CMake's words: 80-real;120, which is both machine code and PTX."""
+    return ";".join(
+        entry.removesuffix("+PTX").replace(".", "") + ("" if entry.endswith("+PTX") else "-real") for entry in entries
+    )
+
+
+MODULES = (
+    NativeModule("_cpu", "LOOKAHEAD_FUSED_CPU", missing_for_cpp),
+    NativeModule("_cuda", "LOOKAHEAD_FUSED_CUDA", missing_for_cuda),
+)
 
 
 class BuildNativeModules(build_ext):
@@ -98,7 +176,7 @@ class BuildNativeModules(build_ext):
         records = self.build_with_cmake(wanted) if wanted else {}
 
         info = {
-            "version": self.distribution.get_version(),
+            "version": self.get_finalized_command("egg_info").egg_version,
             "modules": {
                 module.name: {
                     "built": reasons[module.name] is None,
@@ -128,6 +206,16 @@ class BuildNativeModules(build_ext):
         ]
         env = dict(os.environ)
         env["CXX"] = env.get("CXX") or next(name for name in COMPILERS if shutil.which(name))
+        if any(module.name == "_cuda" for module in wanted):
+            nvcc = find_nvcc()
+            assert isinstance(nvcc, Path)
+            architectures = cuda_architectures(nvcc)
+            configure += [
+                f"-DCMAKE_CUDA_COMPILER={nvcc}",
+                f"-DCMAKE_CUDA_HOST_COMPILER={shutil.which(shlex.split(env['CXX'])[0])}",
+                f"-DCMAKE_CUDA_ARCHITECTURES={cmake_architectures(architectures)}",
+                f"-DLOOKAHEAD_FUSED_CUDA_ARCHITECTURES={' '.join(architectures)}",
+            ]
         # CMake keeps what it was first told: under another compiler or isolated environment, start over.
         told = json.dumps([configure, {name: env.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS")}])
         stamp = build / "configured_with.json"
@@ -210,7 +298,10 @@ def parallel_arguments() -> list[str]:
     return ["--parallel", jobs]
 
 
+LOCAL_VERSION = os.environ.get("LOOKAHEAD_FUSED_LOCAL_VERSION", "")
+
 setup(
+    options={"egg_info": {"tag_build": f"+{LOCAL_VERSION}"}} if LOCAL_VERSION else {},
     # Named here so that the wheel carries the platform's tag, with or without modules in it.
     ext_modules=[Extension(f"{PACKAGE}.{module.name}", sources=[]) for module in MODULES],
     cmdclass={"build_ext": BuildNativeModules, "build_py": BuildPython},

@@ -166,6 +166,11 @@ class Table:
                 backend = choose(group[self.settings.backend], local_tensor(param).device, self.settings.backend)
                 chosen.append((param, group, index, backend))
 
+        if any(_is_capturing(local_tensor(param).device) for param, *_ in chosen):
+            raise RuntimeError(
+                "this step cannot be captured in a CUDA graph: state or tables would be made in it, and made anew in "
+                "every replay; run a step with gradients for the same parameters before the capture"
+            )
         # All is checked; from here on state changes.
         parts: dict[tuple[Any, ...], Part] = {}
         slots: dict[tuple[int, int], int] = {}
@@ -254,6 +259,10 @@ def _conform(places: list[Place], grad_dtype: torch.dtype, index: int, gradient:
     if gradient.shape != owner.shape or gradient.device != owner.device:
         return None
     return copy_in_layout(gradient, place.param, grad_dtype)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cuda_on_host
 import hypothesis
 import pytest
 import torch
@@ -33,6 +34,7 @@ def backend_cases() -> list[BackendCase]:
         BackendCase(name, "cuda" if name in accelerators else "cpu", ULPS_PER_STEP.get(name, 0.0))
         for name in lookahead_fused.backends()
     ]
+    cases.append(BackendCase(cuda_on_host.NAME, "cpu", 0.0))
     if torch.cuda.is_available():
         cases.append(BackendCase("reference", "cuda", 0.0))
     return cases
@@ -42,6 +44,10 @@ def backend_cases() -> list[BackendCase]:
 def backend(request: pytest.FixtureRequest) -> BackendCase:
     """A backend that serves here, and the device to try it on."""
     case: BackendCase = request.param
+    if case.name == cuda_on_host.NAME:
+        if cuda_on_host.missing():
+            pytest.skip(f"backend {case.name}: {cuda_on_host.missing()}")
+        cuda_on_host.register()
     status = lookahead_fused.backends()[case.name]
     if not status.available:
         pytest.skip(f"backend {case.name}: {status.reason}")

@@ -325,8 +325,8 @@ py::list TableBinding::updated(bool deep) {
 }
 
 Table TableBinding::view() const {
-    return {rows_.data(), static_cast<int64_t>(rows_.size()), groups_.data(), chunks_.data(),
-            static_cast<int64_t>(chunks_.size())};
+    const auto count = [](const auto& of) { return static_cast<int64_t>(of.size()); };
+    return {rows_.data(), count(rows_), groups_.data(), count(groups_), chunks_.data(), count(chunks_)};
 }
 
 int TableBinding::traverse(visitproc visit, void* argument) const {

@@ -62,6 +62,7 @@ class TableBinding {
     Dtype param_dtype() const { return param_dtype_; }
     Dtype grad_dtype() const { return grad_dtype_; }
     int device_type() const { return device_.device.type; }
+    int device_id() const { return device_.device.id; }
 
     // For Python's garbage collector.
     int traverse(visitproc visit, void* argument) const;

@@ -50,6 +50,7 @@ struct Table {
     const Row* rows;
     int64_t row_count;
     const Group* groups;
+    int64_t group_count;
     const Chunk* chunks;
     int64_t chunk_count;
 };

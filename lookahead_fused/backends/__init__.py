@@ -2,7 +2,7 @@
 
 A backend is a module with
     NAME, DEVICES           what it is called, and the device types it serves (None: any)
-    unavailable() -> str    why it does not serve on this machine, or "" where it does
+    unavailable(device) -> str   why it does not serve on this machine, or on one device of it; "" where it does
     step(part, grad_scale, found_inf)   advances one part of a table by a step
     NATIVE                  a compiled table (see table.py) speeds it up; the module's `native()` gives its maker
 """
@@ -15,10 +15,10 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, reference
+from . import cpu, cuda, reference
 
 # In the order in which "auto" prefers them.
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, reference)}
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cuda, cpu, reference)}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _refusal(module: ModuleType, device: torch.device) -> str:
         return "a tensor on the meta device has no elements to update"
     if not _made_for(module, device):
         return f"it serves devices of type {', '.join(module.DEVICES)}"
-    reason: str = module.unavailable()
+    reason: str = module.unavailable(device)
     return reason
 
 

@@ -24,7 +24,7 @@ def native() -> ModuleType | None:
     return build.module("_cpu")
 
 
-def unavailable() -> str:
+def unavailable(device: torch.device | None = None) -> str:
     return build.reason("_cpu")
 
 

@@ -26,7 +26,7 @@ def native() -> ModuleType | None:
     return None
 
 
-def unavailable() -> str:
+def unavailable(device: torch.device | None = None) -> str:
     return ""
 
 

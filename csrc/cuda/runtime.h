@@ -1,0 +1,38 @@
+// The CUDA runtime, and the few instructions that it has no word for, or only in a header (cuda_fp16.h) that takes
+// longer to compile than all of the kernels. Tests put a stand-in here, which runs the same sources on the host.
+#pragma once
+
+#if defined(LOOKAHEAD_FUSED_CUDA_ON_HOST)
+#include "cuda_on_host.h"
+#else
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+// LDG and STG without a hint; __ldca and __stwb ask for a coherence that nobody needs.
+template <class Word>
+__device__ __forceinline__ Word load_global(const Word* address) {
+    __builtin_assume(__isGlobal(address));
+    return *address;
+}
+
+template <class Word>
+__device__ __forceinline__ void store_global(Word* address, Word word) {
+    __builtin_assume(__isGlobal(address));
+    *address = word;
+}
+
+__device__ __forceinline__ float half_bits_to_float(uint16_t bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+
+__device__ __forceinline__ uint16_t float_to_half_bits(float value) {
+    uint16_t bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+#endif
+#endif

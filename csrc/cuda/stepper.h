@@ -1,0 +1,83 @@
+// A table on an NVIDIA GPU, and a step over it: one copy at most, two launches.
+//
+// What is fixed for the life of a table (rows, chunks) is uploaded once. What moves (the gradients' addresses, the
+// groups' hyperparameters) is compared with what the device has, and uploaded in one piece where it differs. That is an
+// asynchronous copy out of pinned memory: kernel arguments would save it for a small model, but hold 4 KB, and with
+// 20,000 tensors a step would need forty more launches. In most training loops gradients keep their addresses, and
+// nothing is copied at all.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "../table/table.h"
+#include "kernels.h"
+
+namespace lookahead_fused {
+
+// Null where the rule has no walk for the dtypes.
+const Kernel* find_kernel(const std::string& rule, Dtype param, Dtype grad);
+
+// How many copies may be under way before the host waits for the device.
+constexpr int RING = 4;
+
+// Bytes that a table needs on the device, and once more RING times `moving` of pinned memory.
+struct Sizes {
+    size_t fixed, moving;
+};
+Sizes sizes(const Table& table, const Kernel& kernel);
+
+// Allocated by the caller, and kept until the stepper is gone.
+struct Memory {
+    std::byte* fixed;
+    std::byte* moving;
+    std::byte* pinned;
+};
+
+class Stepper {
+   public:
+    // Throws where the device is none of those that the kernels are built for.
+    Stepper(const Table& table, const Kernel& kernel, int device, const Memory& memory, cudaStream_t stream);
+    ~Stepper();
+    Stepper(const Stepper&) = delete;
+    Stepper& operator=(const Stepper&) = delete;
+
+    void step(const Table& table, const StepArguments& arguments, cudaStream_t stream);
+
+    // The same into a stream that is being captured. A replay must find what was moving as it is now, whatever steps
+    // are made meanwhile: it gets `moving` for itself, filled from `pinned`, which has to live as long as the graph.
+    void capture(const Table& table, const StepArguments& arguments, std::byte* moving, std::byte* pinned,
+                 cudaStream_t stream);
+
+   private:
+    struct Slot {
+        cudaEvent_t copied = nullptr;
+        bool in_flight = false;
+    };
+
+    void destroy_events();
+    void gather(const Table& table);
+    void upload(cudaStream_t stream);
+    void launch(const Table& table, const StepArguments& arguments, const std::byte* moving, cudaStream_t stream);
+    void check_launch(cudaError_t error, const char* kernel, unsigned blocks, int threads) const;
+
+    const Kernel& kernel_;
+    const int device_;
+    const Memory memory_;
+    Launch launch_{};
+    std::vector<std::byte> moving_;     // as this step has it
+    std::vector<std::byte> on_device_;  // as the device has it, where `uploaded_`
+    bool uploaded_ = false;
+    Slot slots_[RING];
+    int next_ = 0;
+};
+
+// Keeps `object` until the graph that the stream is being captured into, and all that was made of it, is destroyed;
+// `release` is called then, on any thread, and must not call CUDA. It is called at once where this throws.
+void retain_for_graph(cudaStream_t stream, void* object, void (*release)(void*));
+
+// How many devices the runtime sees. Throws where it cannot tell, with the reason.
+int device_count();
+
+}  // namespace lookahead_fused

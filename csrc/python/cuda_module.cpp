@@ -1,0 +1,129 @@
+// lookahead_fused._cuda: the table, and a step over it on an NVIDIA GPU.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "../cuda/device.h"
+#include "../cuda/stepper.h"
+#include "table_binding.h"
+#include "watch.h"
+
+// Where the tensors lie, in DLPack's numbers: CUDA memory, but for the tests' stand-in.
+#if !defined(LOOKAHEAD_FUSED_DLPACK_DEVICE)
+#define LOOKAHEAD_FUSED_DLPACK_DEVICE 2
+#endif
+
+namespace lookahead_fused {
+namespace {
+
+template <class T = std::byte>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+cudaStream_t stream_of(uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
+
+const Kernel& kernel_for(const TableBinding& table) {
+    const Kernel* kernel = find_kernel(table.rule(), table.param_dtype(), table.grad_dtype());
+    if (kernel == nullptr) throw py::value_error("rule '" + table.rule() + "' has no CUDA walk for these dtypes");
+    return *kernel;
+}
+
+// What captured graphs held and let go of. They do so on any thread and in the midst of calls to CUDA, where no Python
+// object may be freed: that waits for the next step.
+class Dropped {
+   public:
+    static void add(void* object) {
+        const std::lock_guard<std::mutex> lock(mutex());
+        objects().push_back(static_cast<PyObject*>(object));
+    }
+    // To be called with the GIL held.
+    static void release() {
+        std::vector<PyObject*> taken;
+        {
+            const std::lock_guard<std::mutex> lock(mutex());
+            taken.swap(objects());
+        }
+        for (PyObject* object : taken) Py_DECREF(object);
+    }
+
+   private:
+    static std::mutex& mutex() {
+        static auto* const instance = new std::mutex;
+        return *instance;
+    }
+    static std::vector<PyObject*>& objects() {
+        static auto* const instance = new std::vector<PyObject*>;
+        return *instance;
+    }
+};
+
+// Addresses and stream handles are Python ints, 0 where there is none. `owners` is whatever keeps the memory alive.
+class StepperBinding {
+   public:
+    StepperBinding(const TableBinding& table, int device, uintptr_t fixed, uintptr_t moving, uintptr_t pinned,
+                   uintptr_t stream, py::object owners)
+        : owners_(std::move(owners)) {
+        const Table view = table.view();
+        if (view.row_count > 0 &&
+            (table.device_type() != LOOKAHEAD_FUSED_DLPACK_DEVICE || table.device_id() != device)) {
+            throw py::value_error("the CUDA backend was given a table of tensors on another device");
+        }
+        const Memory memory{pointer(fixed), pointer(moving), pointer(pinned)};
+        stepper_ = std::make_unique<Stepper>(view, kernel_for(table), device, memory, stream_of(stream));
+    }
+
+    static std::pair<size_t, size_t> sizes(const TableBinding& table) {
+        const Sizes sizes = lookahead_fused::sizes(table.view(), kernel_for(table));
+        return {sizes.fixed, sizes.moving};
+    }
+
+    void step(const TableBinding& table, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t stream) {
+        Dropped::release();
+        const Table view = table.view();
+        const py::gil_scoped_release released;
+        stepper_->step(view, {pointer<float>(grad_scale), pointer<float>(found_inf)}, stream_of(stream));
+    }
+
+    // `owners` is kept as long as the graph.
+    void capture(const TableBinding& table, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t stream,
+                 uintptr_t moving, uintptr_t pinned, py::object owners) {
+        retain_for_graph(stream_of(stream), owners.release().ptr(), &Dropped::add);
+        stepper_->capture(table.view(), {pointer<float>(grad_scale), pointer<float>(found_inf)}, pointer(moving),
+                          pointer(pinned), stream_of(stream));
+    }
+
+   private:
+    // Outlives the stepper, which waits for copies out of it.
+    py::object owners_;
+    std::unique_ptr<Stepper> stepper_;
+};
+
+}  // namespace
+}  // namespace lookahead_fused
+
+PYBIND11_MODULE(LOOKAHEAD_FUSED_CUDA_MODULE, module) {
+    using namespace lookahead_fused;
+    bind_table(module);
+    bind_watch(module);
+    module.attr("ring") = RING;
+    module.attr("architectures") = LOOKAHEAD_FUSED_CUDA_ARCHITECTURES;
+    module.def("device_count", &device_count);
+    // Calls a function that may wait for the device, or allocate memory, while some stream is being captured.
+    module.def("allowed_to_wait", [](const py::function& function) {
+        const MayWait allowed;
+        return function();
+    });
+    py::class_<StepperBinding>(module, "Stepper", py::module_local())
+        .def(py::init<const TableBinding&, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t, py::object>(),
+             py::arg("table"), py::arg("device"), py::arg("fixed"), py::arg("moving"), py::arg("pinned"),
+             py::arg("stream"), py::arg("owners"))
+        .def_static("sizes", &StepperBinding::sizes, py::arg("table"))
+        .def("step", &StepperBinding::step, py::arg("table"), py::arg("grad_scale"), py::arg("found_inf"),
+             py::arg("stream"))
+        .def("capture", &StepperBinding::capture, py::arg("table"), py::arg("grad_scale"), py::arg("found_inf"),
+             py::arg("stream"), py::arg("moving"), py::arg("pinned"), py::arg("owners"));
+}

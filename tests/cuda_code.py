@@ -1,0 +1,142 @@
+"""Reads the machine code out of a compiled `_cuda`: `python cuda_code.py FILE...` lists what wheels or modules hold.
+
+`cuobjdump` and `nvdisasm` come with triton's wheel and with the CUDA toolkit.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel for one architecture. `code` is its machine code, an instruction a line."""
+
+    name: str
+    architecture: str
+    registers: int
+    stack: int
+    local: int
+    code: tuple[str, ...]
+
+    def opcodes(self) -> Counter[str]:
+        """How often each instruction stands there, with its modifiers."""
+        return Counter(opcode(line) for line in self.code)
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, from triton's wheel or from PATH."""
+    triton = importlib.util.find_spec("triton")
+    for place in (triton.submodule_search_locations or ()) if triton else ():
+        program = Path(place, "backends", "nvidia", "bin", name)
+        if program.is_file():
+            return str(program)
+    return shutil.which(name)
+
+
+def opcode(line: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].rstrip(";")
+
+
+def kernels(module: Path) -> list[Kernel]:
+    """Every kernel of every architecture in a module."""
+    cuobjdump = tool("cuobjdump")
+    assert cuobjdump is not None
+    usage: dict[tuple[str, str], dict[str, int]] = {}
+    architecture = function = ""
+    for line in _output(cuobjdump, "-res-usage", str(module)).splitlines():
+        if found := re.search(r"^arch = (sm_\w+)", line):
+            architecture = found[1]
+        elif found := re.search(r"^ *Function (\S+):", line):
+            function = found[1]
+        elif found := re.findall(r"(REG|STACK|LOCAL):(\d+)", line):
+            usage[architecture, function] = {key: int(value) for key, value in found}
+    result = []
+    code: dict[tuple[str, str], list[str]] = {}
+    for line in _output(cuobjdump, "-sass", str(module)).splitlines():
+        if found := re.search(r"^\s*(?:code for|arch =) (sm_\w+)", line):
+            architecture = found[1]
+        elif found := re.search(r"^\s*Function : (\S+)", line):
+            function = found[1]
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?;)", line):
+            code.setdefault((architecture, function), []).append(found[1].strip("{} "))
+    for (architecture, function), used in usage.items():
+        lines = tuple(code[architecture, function])
+        result.append(Kernel(_short(function), architecture, used["REG"], used["STACK"], used.get("LOCAL", 0), lines))
+    return result
+
+
+def ptx(module: Path) -> list[str]:
+    """The architectures that a module has PTX for."""
+    cuobjdump = tool("cuobjdump")
+    assert cuobjdump is not None
+    return sorted(set(re.findall(r"\.(sm_\w+)\.ptx", _output(cuobjdump, "-lptx", str(module)))))
+
+
+def ptx_text(module: Path) -> str:
+    """All PTX in a module; empty where it has none."""
+    cuobjdump = tool("cuobjdump")
+    assert cuobjdump is not None
+    return _output(cuobjdump, "-ptx", str(module))
+
+
+def _short(mangled: str) -> str:
+    """chunks<Adam, BFloat16, float>, of the mangled name."""
+    letters = {"f": "float", "d": "double"}
+    names = re.search(r"(rows|chunks)INS0_\d+([A-Z][a-zA-Z]+?)E(.*?)EEvNS_6LaunchE", mangled)
+    if names is None:
+        return mangled
+    rest = re.findall(r"NS0_\d+(\w+?)E|(S\d?_)|([fd])", names[3])
+    types: list[str] = []
+    for named, again, letter in rest:
+        types.append(named or (types[-1] if again else letters[letter]))
+    return f"{names[1]}<{', '.join([names[2], *types])}>"
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def table(found: list[Kernel]) -> str:
+    lines = [f"{'kernel':38} {'arch':7} {'registers':>9} {'stack':>5} {'128-bit LDG/STG':>15} {'narrower':>8}"]
+    for kernel in sorted(found, key=lambda k: (k.name, int(re.sub(r"\D", "", k.architecture)))):
+        codes = kernel.opcodes()
+        access = {name: n for name, n in codes.items() if name.startswith(("LDG", "STG"))}
+        wide = [sum(n for name, n in access.items() if name.startswith(op) and ".128" in name) for op in ("LDG", "STG")]
+        narrow = sum(access.values()) - sum(wide)
+        lines.append(
+            f"{kernel.name:38} {kernel.architecture:7} {kernel.registers:9} {kernel.stack:5} "
+            f"{f'{wide[0]}/{wide[1]}':>15} {narrow:8}"
+        )
+    return "\n".join(lines)
+
+
+def main(paths: list[str]) -> int:
+    for path in paths:
+        with tempfile.TemporaryDirectory() as directory:
+            modules = [Path(path)]
+            if path.endswith(".whl"):
+                with zipfile.ZipFile(path) as archive:
+                    names = [name for name in archive.namelist() if "/_cuda." in name]
+                    modules = [Path(archive.extract(name, directory)) for name in names]
+            for module in modules:
+                found = kernels(module)
+                print(f"{path}: {module.name}, {module.stat().st_size} bytes")
+                print("machine code:", *sorted({k.architecture for k in found}), "PTX:", *(ptx(module) or ["none"]))
+                print(table(found))
+            if not modules:
+                print(f"{path}: no _cuda in it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

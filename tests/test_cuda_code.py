@@ -1,0 +1,129 @@
+"""The machine code of `_cuda`, for each architecture it was built for: what no run on one card would show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import cuda_code
+import pytest
+
+from lookahead_fused import build
+
+pytestmark = pytest.mark.xdist_group("cuda-code")
+
+# 65536 registers of a multiprocessor, for 1024 threads at least.
+MOST_REGISTERS = 64
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    module = build.module("_cuda")
+    if module is None:
+        pytest.skip(build.reason("_cuda"))
+    for name in ("cuobjdump", "nvdisasm"):
+        if cuda_code.tool(name) is None:
+            pytest.skip(f"{name} was found neither in triton's wheel nor on PATH")
+    assert module.__file__ is not None
+    return Path(module.__file__)
+
+
+@pytest.fixture(scope="module")
+def kernels(path: Path) -> list[cuda_code.Kernel]:
+    return cuda_code.kernels(path)
+
+
+def walks(kernels: list[cuda_code.Kernel]) -> Iterator[tuple[cuda_code.Kernel, str]]:
+    for kernel in kernels:
+        if kernel.name.startswith("chunks"):
+            yield kernel, f"{kernel.name} on {kernel.architecture}"
+
+
+def test_every_kernel_is_there_for_every_architecture(
+    kernels: list[cuda_code.Kernel], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with capsys.disabled():
+        print("\n" + cuda_code.table(kernels))
+    module = build.module("_cuda")
+    assert module is not None
+    entries = [entry.partition("+")[0].replace(".", "") for entry in module.architectures.split()]
+    names = {kernel.name for kernel in kernels}
+    assert len([name for name in names if name.startswith("chunks<")]) == 18
+    assert len([name for name in names if name.startswith("rows<")]) == 6
+    assert {(k.name, k.architecture) for k in kernels} == {(name, f"sm_{entry}") for name in names for entry in entries}
+    assert len(kernels) == len(names) * len(entries)
+
+
+def test_no_spills_and_room_for_1024_threads(kernels: list[cuda_code.Kernel]) -> None:
+    for kernel in kernels:
+        where = f"{kernel.name} on {kernel.architecture}"
+        assert kernel.local == 0, where
+        assert not [code for code in kernel.opcodes() if re.match(r"(LDL|STL)\b", code)], where
+        assert kernel.registers <= MOST_REGISTERS, where
+
+
+def test_memory_is_reached_as_global_and_16_bytes_at_a_time(kernels: list[cuda_code.Kernel]) -> None:
+    """Elements are loaded with a hint or without, and so is the table: counted are accesses of a size."""
+    for kernel, where in walks(kernels):
+        codes = kernel.opcodes()
+        assert not [code for code in codes if re.match(r"(LD|ST)(\.|$)", code)], where
+        wide = {
+            op: sum(n for code, n in codes.items() if code.startswith(op) and ".128" in code) for op in ("LDG", "STG")
+        }
+        if "double, float" in kernel.name:
+            assert wide == {"LDG": 0, "STG": 0}, where
+            continue
+        # Each array has its place in the vector path: p, g, phi and what it caches, the moments.
+        moments = {"Adam": 3, "Sgd": 1, "SyncOnly": 1}[kernel.name[len("chunks<") :].partition(",")[0]]
+        assert wide["LDG"] >= moments + 3, where
+        assert wide["STG"] >= moments + 2, where
+
+
+def test_the_rules_are_rounded_operation_by_operation(kernels: list[cuda_code.Kernel]) -> None:
+    """Outside of the sequences that make an IEEE division or root, nothing is fused, nothing approximate.
+
+    Those sequences are recognized by where they stand: a rule without division and root has none of their
+    instructions, and Adam has an approximate start (MUFU) for each division and root, and no more.
+    """
+    for kernel, where in walks(kernels):
+        codes = kernel.opcodes()
+        fused = [code for code in codes if re.match(r"(FFMA|DFMA|HFMA2(?!\.MMA)|FSWZ)", code)]
+        starts = {code for code in codes if code.startswith("MUFU")}
+        if "Adam" not in kernel.name:
+            assert [code for code in fused if not _moves_a_constant(kernel, code)] == [], where
+            assert starts == set(), where
+        else:
+            assert starts <= {"MUFU.RCP", "MUFU.RSQ", "MUFU.RCP64H", "MUFU.RSQ64H"}, where
+
+
+def _moves_a_constant(kernel: cuda_code.Kernel, code: str) -> bool:
+    """The compiler spreads moves over the pipes: HFMA2 R1, -RZ, RZ, 0, 1 sets a register."""
+    return all("-RZ, RZ" in line for line in kernel.code if cuda_code.opcode(line) == code)
+
+
+def test_ptx_asks_for_nothing_fused_or_approximate(path: Path) -> None:
+    """There a division is one instruction. The machine code for every architecture comes of the same source."""
+    text = cuda_code.ptx_text(path)
+    if not text:
+        pytest.skip("the module holds no PTX")
+    assert re.search(r"\bdiv\.rn\.f32\b", text)
+    assert re.search(r"\bsqrt\.rn\.f32\b", text)
+    assert re.findall(r"\b(?:fma|mad)\.\w+\.f\d+\b|\.approx\b|\.full\b|\.ftz\b", text) == []
+    # Without a rounding mode the assembler may fuse.
+    assert re.findall(r"\b(?:add|sub|mul)\.f(?:32|64)\b", text) == []
+
+
+def test_no_fp64_outside_of_fp64(kernels: list[cuda_code.Kernel]) -> None:
+    for kernel, where in walks(kernels):
+        if "double" not in kernel.name:
+            wide = [code for code in kernel.opcodes() if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|MUFU.*64|.*F64", code)]
+            assert wide == [], where
+
+
+def test_the_check_sees_a_fused_operation() -> None:
+    """The patterns above match what they are meant for."""
+    line = "@P0 FFMA.FTZ R1, R2, R3, R4 ;"
+    assert cuda_code.opcode(line) == "FFMA.FTZ"
+    assert cuda_code.opcode("@!UP1 LD.E.128 R4, [R2.64] ;") == "LD.E.128"
+    assert cuda_code.opcode("LDG.E.EF.128 R4, desc[UR4][R2.64] ;") == "LDG.E.EF.128"
