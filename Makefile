@@ -62,7 +62,7 @@ gpu-report: $(VENV)/.extra-test ## all that a first GPU is for, in one file: gpu
 	@{ nvidia-smi; $(PY) -m lookahead_fused; \
 	  echo "== tests"; $(PY) -m pytest -q -p no:cacheprovider --benchmark-disable -k "cuda" $(ARGS) tests; \
 	  echo "== sanitizer"; $(MAKE) --no-print-directory sanitize; \
-	  echo "== benchmark"; $(PY) bench/cuda.py; } 2>&1 | tee gpu-report.txt
+	  echo "== benchmark"; $(PY) bench/gpu.py; } 2>&1 | tee gpu-report.txt
 
 # PYTHONSAFEPATH keeps the source tree off sys.path; the suite checks that it runs the package it is told to expect.
 test-torches: $(VENV)/.tools ## the whole suite against one wheel under each release in TORCHES

@@ -1,6 +1,6 @@
 """Step times on a GPU: against torch's optimizers, and as a share of what a copy within the device reaches.
 
-    python bench/cuda.py
+    python bench/gpu.py
 
 Times are of the device, by events around whole windows of k steps; the sides take turns, and what is reported is the
 median over rounds of ratios within a round.
