@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from unittest import mock
+
 import cuda_on_host
 import hypothesis
 import pytest
@@ -9,6 +12,7 @@ import torch
 from helpers import BackendCase
 
 import lookahead_fused
+from lookahead_fused.backends import BACKENDS
 
 # How far one step may be from the exact bits. A backend that is not named here owes them.
 ULPS_PER_STEP = {"triton": 1.0}
@@ -47,13 +51,21 @@ def backend(request: pytest.FixtureRequest) -> BackendCase:
     if case.name == cuda_on_host.NAME:
         if cuda_on_host.missing():
             pytest.skip(f"backend {case.name}: {cuda_on_host.missing()}")
-        cuda_on_host.register()
+        return case
     status = lookahead_fused.backends()[case.name]
     if not status.available:
         pytest.skip(f"backend {case.name}: {status.reason}")
     if case.device == "cuda" and not torch.cuda.is_available():
         pytest.skip(f"backend {case.name}: no CUDA device")
     return case
+
+
+@pytest.fixture(autouse=True)
+def stand_in(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The CUDA backend on the host is a backend in the tests that try it, and in no other."""
+    tried = "backend" in request.fixturenames and request.getfixturevalue("backend").name == cuda_on_host.NAME
+    with mock.patch.dict(BACKENDS, {cuda_on_host.NAME: cuda_on_host.backend()} if tried else {}):
+        yield
 
 
 @pytest.fixture(autouse=True)

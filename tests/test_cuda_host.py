@@ -16,12 +16,15 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cuda_on_host
 import pytest
 import torch
 from cuda_on_host import Torch, calls, control
 from helpers import BackendCase, Lockstep, make_grads, make_optimizer, make_params, seeded, set_grad
+
+from lookahead_fused.backends import BACKENDS
 
 pytestmark = pytest.mark.skipif(bool(cuda_on_host.missing()), reason=f"builds the stand-in: {cuda_on_host.missing()}")
 HOST = BackendCase(cuda_on_host.NAME, "cpu", 0.0)
@@ -34,11 +37,12 @@ RULES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def runtime() -> Iterator[ctypes.CDLL]:
-    cuda_on_host.register()
     library = control()
     library.control_reset()
     gc.collect()  # optimizers of other tests, which have events of their own
-    yield library
+    # Not by monkeypatch, which tests here undo in their middle.
+    with mock.patch.dict(BACKENDS, {cuda_on_host.NAME: cuda_on_host.backend()}):
+        yield library
     library.control_reset()
 
 

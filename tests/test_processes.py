@@ -192,7 +192,7 @@ def test_backends() -> None:
 def broken_cpu(monkeypatch: pytest.MonkeyPatch) -> str:
     """No compiled CPU backend here, and nobody warned of it yet."""
     reason = "the compiler was on holiday"
-    monkeypatch.setattr(cpu, "unavailable", lambda: reason)
+    monkeypatch.setattr(cpu, "unavailable", lambda device=None: reason)
     monkeypatch.setattr(cpu, "native", lambda: None)
     monkeypatch.setattr(sys.modules["lookahead_fused.backends"], "_warned", set())
     return reason

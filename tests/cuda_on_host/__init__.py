@@ -25,9 +25,6 @@ from typing import Any
 
 import torch
 
-import lookahead_fused
-from lookahead_fused.backends import BACKENDS
-
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 NAME = "cuda-host"
@@ -150,28 +147,26 @@ class Torch:
 
 
 @functools.cache
-def register() -> ModuleType:
-    """Adds the backend to those that the optimizers know; returns its Python module, a second `backends/cuda.py`."""
+def backend() -> ModuleType:
+    """The backend's Python module, a second `backends/cuda.py` over the stand-in."""
     spec = importlib.util.find_spec("lookahead_fused.backends.cuda")
     assert spec is not None
     assert spec.origin is not None
     spec = importlib.util.spec_from_file_location("lookahead_fused.backends.cuda_host", spec.origin)
     assert spec is not None
     assert spec.loader is not None
-    backend: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(backend)
-    backend.NAME, backend.DEVICES = NAME, ("cpu",)
-    backend.native = load
-    backend.unavailable = lambda device=None: missing()
-    backend._index = lambda device: 0
-    backend._current = lambda device: nullcontext()
-    backend._stream = lambda device: Torch.stream
-    backend._is_capturing = Torch.is_capturing
-    backend._pinned = Torch.pinned
-    backend._used_on_current_stream = lambda tensor: None
-    BACKENDS[NAME] = backend
-    assert lookahead_fused.backends()[NAME].available
-    return backend
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.NAME, module.DEVICES = NAME, ("cpu",)
+    module.native = load
+    module.unavailable = lambda device=None: missing()
+    module._index = lambda device: 0
+    module._current = lambda device: nullcontext()
+    module._stream = lambda device: Torch.stream
+    module._is_capturing = Torch.is_capturing
+    module._pinned = Torch.pinned
+    module._used_on_current_stream = lambda tensor: None
+    return module
 
 
 if __name__ == "__main__":
