@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .rules import Rule, Settings
-from .tensors import compute_dtype, copy_in_layout, has_layout_of, is_dense, local_tensor
+from .tensors import compute_dtype, copy_in_layout, has_layout_of, is_dense, local_tensor, new_state
 
 
 @dataclass
@@ -163,14 +163,12 @@ class _State:
         """A tensor in the parameter's layout; where there is none yet it starts as a copy of `start`, or as zeros."""
         value = self.entries.get(name)
         if value is None:
-            local = (
-                torch.zeros_like(self.param, dtype=dtype) if start is None else copy_in_layout(start, self.param, dtype)
-            )
+            local = new_state(self.param, dtype, start)
             self.entries[name] = self._like_owner(local)
             return local
         local = local_tensor(value)
         if local.dtype != dtype or not has_layout_of(local, self.param):
-            local = copy_in_layout(local, self.param, dtype)
+            local = new_state(self.param, dtype, local)
             self.entries[name] = self._like_owner(local)
         return local
 

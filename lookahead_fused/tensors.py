@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import build
+
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -51,6 +53,23 @@ def has_layout_of(tensor: Tensor, other: Tensor) -> bool:
 def copy_in_layout(tensor: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy in another tensor's device and dense layout, exact where the dtype allows."""
     return torch.empty_like(other, dtype=dtype, requires_grad=False).copy_(tensor)
+
+
+def new_state(param: Tensor, dtype: torch.dtype, start: Tensor | None) -> Tensor:
+    """A tensor in a parameter's device and layout that lives as long as the optimizer: a copy of `start`, or zeros.
+
+    On a CPU it lies in huge pages where the system has them. They must be asked for before the memory is written.
+    """
+    made = torch.empty_like(param, dtype=dtype, requires_grad=False)
+    if made.device.type == "cpu" and made.nbytes >= _LARGE and type(made) is Tensor:
+        native = build.module("_cpu")
+        if native is not None:
+            native.prefer_huge_pages(made.data_ptr(), made.nbytes)
+    return made.zero_() if start is None else made.copy_(start)
+
+
+# Two huge pages: whatever its address, a tensor of this size holds a whole one.
+_LARGE = 4 << 20
 
 
 def check_parameter(param: Tensor, name: str) -> None:

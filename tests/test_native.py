@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import mmap
 import re
 import threading
 from collections.abc import Iterator
@@ -228,3 +230,36 @@ def test_a_step_takes_no_memory_that_grows_with_the_model() -> None:
     after = int(peak.search(status.read_text()).group(1))  # type: ignore[union-attr]
     # One of the parameters alone is 4,000 kB.
     assert after - before < 1_000, f"the peak rose by {after - before} kB"
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="no huge pages here")
+def test_large_state_asks_for_huge_pages() -> None:
+    (param,) = make_params([(3 << 20,)], torch.float32)
+    set_grad(param, torch.ones_like(param))
+    optimizer = lookahead_fused.LookaheadAdamW([param], k=1, backend="cpu")
+    optimizer.step()
+    middle = 6 << 20
+    for name in ("exp_avg", "exp_avg_sq", "slow_param"):
+        assert "hg" in vm_flags(optimizer.state[param][name].data_ptr() + middle), name
+
+
+def test_huge_pages_are_asked_for_within_the_memory_alone() -> None:
+    huge = 1 << 21
+    memory = mmap.mmap(-1, 4 * huge)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    first = -(-address // huge) * huge
+    native.prefer_huge_pages(first + 1, 2 * huge)
+    asked = ["hg" in vm_flags(first + i * huge) for i in range(3)]
+    assert asked == [False, Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), False]
+
+
+def vm_flags(address: int) -> list[str]:
+    """What the kernel says of the mapping that an address lies in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"no mapping holds {address:#x}")

@@ -5,6 +5,7 @@
 #include <memory>
 #include <optional>
 
+#include "../cpu/huge_pages.h"
 #include "../cpu/step.h"
 #include "table_binding.h"
 #include "watch.h"
@@ -51,6 +52,10 @@ PYBIND11_MODULE(_cpu, module) {
     bind_table(module);
     bind_watch(module);
     module.def("instruction_sets", &instruction_sets);
+    module.def(
+        "prefer_huge_pages",
+        [](uintptr_t address, size_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(address), bytes); },
+        py::arg("address"), py::arg("bytes"));
     py::class_<Stepper>(module, "Stepper", py::module_local())
         .def(py::init<const TableBinding&, const std::string&>(), py::arg("table"), py::arg("instruction_set"))
         .def("step", &Stepper::step, py::arg("table"), py::arg("grad_scale"), py::arg("threads"));
