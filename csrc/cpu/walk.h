@@ -10,6 +10,7 @@
 #include "../table/prologue.h"
 #include "../table/table.h"
 #include "kernels.h"
+#include "prefetch.h"
 #include "vector.h"
 
 namespace lookahead_fused {
@@ -75,19 +76,14 @@ struct Walk {
         store(at.param, p);
     }
 
-    // Up to nine streams are more than the hardware's prefetchers follow: asking ahead took a step over 64 Mi elements
-    // from 91 to 74 ms on a Zen 5 core pair, where 128 and 1024 elements ahead gave 82 and 76. On a Zen 4 pair, whose
-    // first cache is a third smaller, 128 was the best: 28 ms, 31 for 512, 35 for 1024 and 32 without. An address past
-    // the end of a tensor is harmless here.
-    static constexpr int AHEAD = 512;
-
-    static LF_HD void prefetch(const Step& step, const Lanes& at) {
-        __builtin_prefetch(at.param + AHEAD, 1);
-        if constexpr (Rule::reads_gradient) __builtin_prefetch(at.grad + AHEAD, 0);
-        if (at.master != nullptr) __builtin_prefetch(at.master + AHEAD, 1);
-        if (step.sync.due) __builtin_prefetch(at.slow + AHEAD, 1);
+    // An address past the end of a tensor is harmless here.
+    static LF_HD void prefetch(const Step& step, const Lanes& at, int ahead) {
+        __builtin_prefetch(at.param + ahead, 1);
+        if constexpr (Rule::reads_gradient) __builtin_prefetch(at.grad + ahead, 0);
+        if (at.master != nullptr) __builtin_prefetch(at.master + ahead, 1);
+        if (step.sync.due) __builtin_prefetch(at.slow + ahead, 1);
         for (int i = 0; i < Rule::MOMENTS; ++i) {
-            if (step.moments >> i & 1) __builtin_prefetch(at.moment[i] + AHEAD, 1);
+            if (step.moments >> i & 1) __builtin_prefetch(at.moment[i] + ahead, 1);
         }
     }
 
@@ -134,10 +130,11 @@ struct Walk {
         const auto forward = [](auto*& pointer) {
             if (pointer != nullptr) pointer += N;
         };
+        const int ahead = prefetch_ahead();
         // What lies behind a small tensor is not what comes next.
-        const bool streams = row.numel > 8 * AHEAD;
+        const bool streams = row.numel > 8 * ahead;
         for (; count >= N; count -= N) {
-            if (streams) prefetch(step, at);
+            if (streams) prefetch(step, at, ahead);
             element(step, at);
             at.param += N;
             forward(at.grad);
