@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from .backends import reference
+from .step_hooks import with_hooks
 from .table import Table
 from .tensors import local_tensor
 
@@ -76,6 +77,14 @@ class SlowWeights(Optimizer):
         for row, group in self._table.rows_with_slow_weights(self.param_groups, self.state):
             reference.sync(row, group[settings.alpha], group[settings.pullback_momentum])
             row.write_back()
+
+    def _patch_step_function(self) -> None:
+        # torch's constructor calls this for every optimizer; in a class whose step is marked it wraps nothing.
+        cls = type(self)
+        if not getattr(cls.step, "hooked", False):
+            cls.step = with_hooks(cls.step)  # type: ignore[method-assign]
+            cls.step.hooked = True  # type: ignore[attr-defined]
+        super()._patch_step_function()
 
     @property
     def _state_keeper(self) -> Optimizer:

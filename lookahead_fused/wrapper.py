@@ -13,6 +13,7 @@ from . import checkpoint, rules
 from .optimizers import Pullback
 from .rows import start_slow
 from .slow_weights import SlowWeights, opaque_to_compile
+from .step_hooks import call_with_hooks
 from .table import Table
 
 # The base keeps its own names in the groups, and RMSprop and ASGD have an alpha.
@@ -155,7 +156,7 @@ class Lookahead(SlowWeights):
         base = self.base_optimizer
         # A scheduler on the base wants to know that it stepped, and hooks on it want to be called.
         base._opt_called = True  # type: ignore[attr-defined]
-        return Optimizer.profile_hook_step(step)(base, *(() if closure is None else (closure,)))
+        return call_with_hooks(step, base, *(() if closure is None else (closure,)))
 
     def _step_around(self, closure: Callable[[], Any] | None) -> Any:
         base, state = self.base_optimizer, self.state

@@ -177,6 +177,20 @@ def test_hooks_on_every_optimizer(backend: BackendCase, rule: str) -> None:
     assert seen == [f"before {name}" for name in names] + [f"after {name}" for name in reversed(names)]
 
 
+@pytest.mark.parametrize("rule", ["adamw", "wrapped-adamw"])
+def test_a_profiler_sees_the_step_by_name(backend: BackendCase, rule: str) -> None:
+    params = fresh(backend)
+    optimizer = make(rule, params, backend)
+    advance(optimizer, params, range(2))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        advance(optimizer, params, [2])
+    ranges = [event.key for event in profiler.key_averages() if event.key.startswith("Optimizer.step#")]
+    expected = {f"Optimizer.step#{type(optimizer).__name__}.step"}
+    if rule == "wrapped-adamw":
+        expected.add("Optimizer.step#AdamW.step")
+    assert set(ranges) == expected
+
+
 # ------------------------------------------------------------------------------------------------------------
 # parameters and gradients
 
