@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from .rules import Rule, Settings
-from .tensors import compute_dtype, copy_in_layout, has_layout_of, is_dense, local_tensor, new_state
+from .tensors import (
+    compute_dtype,
+    copy_in_layout,
+    has_layout_of,
+    is_dense,
+    local_tensor,
+    new_state,
+    version_counter,
+)
 
 
 @dataclass
@@ -136,7 +144,7 @@ def describe_row(row: Row, rule: Rule) -> tuple[Any, ...]:
     moments += [None] * (3 - len(moments))
     columns = (row.param, None, row.master, row.slow, row.step, row.slow_moment, *moments)
     goes_through_python = row.is_copy or row.param is not row.owner
-    return (row.owner, goes_through_python, row.group, row.moments_loaded, columns)
+    return (row.owner, goes_through_python, row.group, row.moments_loaded, columns, version_counter(row.owner))
 
 
 class _State:

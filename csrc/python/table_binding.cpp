@@ -104,7 +104,8 @@ void TableBinding::add_field(py::tuple tuple) {
     fields_.push_back(field);
 }
 
-// (owner, conform, group, moments_loaded, (a tensor or None for each column))
+// (owner, conform, group, moments_loaded, (a tensor or None for each column), (a tensor with the owner's version
+// counter, ...))
 void TableBinding::add_row(py::tuple row) {
     const py::tuple columns = row[4];
     if (columns.size() != COLUMNS) throw py::value_error("a row has " + std::to_string(COLUMNS) + " columns");
@@ -112,6 +113,7 @@ void TableBinding::add_row(py::tuple row) {
     Row plain{};
     tensors.owner = row[0].ptr();
     tensors.conform = row[1].cast<bool>();
+    tensors.version = py::tuple(row[5])[0].ptr();
     plain.group = row[2].cast<int32_t>();
     plain.moments_loaded = row[3].cast<bool>();
     if (plain.group < 0 || static_cast<size_t>(plain.group) >= groups_.size()) {
@@ -191,7 +193,7 @@ bool TableBinding::refresh_gradient(size_t i) {
     Description described;
     // A negated view is the imaginary half of a complex tensor, with even strides: only one element can pass for dense.
     if (row.conform || !reader_.describe(gradient, described) || !fits(described, GRAD, row) ||
-        (rows_[i].numel == 1 && reader_.is_negated(gradient))) {
+        (rows_[i].numel == 1 && !described.has_odd_stride() && reader_.is_negated(gradient))) {
         // Python says what is wrong with it, or gives a copy in the parameter's layout; None asks for another table.
         py::object conformed = py::reinterpret_steal<py::object>(
             PyObject_CallFunction(conform_, "nO", static_cast<Py_ssize_t>(i), gradient));
@@ -309,7 +311,7 @@ py::list TableBinding::updated(bool deep) {
     if (changed) {
         py::list active;
         for (size_t i = 0; i < rows_.size(); ++i) {
-            if (updated_rows_[i]) active.append(py::handle(tensors_[i].owner));
+            if (updated_rows_[i]) active.append(py::handle(tensors_[i].version));
         }
         updated_ = std::move(active);
     }

@@ -53,7 +53,7 @@ class TableBinding {
     // Lets go of the step's gradients.
     void release();
 
-    // What this step writes, for torch's version counters: parameters, and with deep their state.
+    // What this step writes, or what shares its version counter: parameters, and with deep their state.
     py::list updated(bool deep);
 
     Table view() const;
@@ -70,8 +70,9 @@ class TableBinding {
 
    private:
     struct Tensors {
-        PyObject* owner;  // the parameter itself, whose .grad is read
-        bool conform;     // its gradient always goes through Python
+        PyObject* owner;    // the parameter itself, whose .grad is read
+        PyObject* version;  // shares the owner's version counter
+        bool conform;       // its gradient always goes through Python
         PyObject* column[COLUMNS];
         Description layout;  // of the parameter; shape and strides in layouts_
     };

@@ -10,6 +10,13 @@ int64_t Description::numel() const {
     return count;
 }
 
+bool Description::has_odd_stride() const {
+    for (int32_t i = 0; i < ndim; ++i) {
+        if (strides[i] % 2 != 0) return true;
+    }
+    return false;
+}
+
 bool Description::same_device(const Description& other) const {
     return device.type == other.device.type && device.id == other.device.id;
 }

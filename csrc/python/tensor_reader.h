@@ -23,6 +23,7 @@ struct Description {
     const int64_t* strides = nullptr;
 
     int64_t numel() const;
+    bool has_odd_stride() const;
     bool same_device(const Description& other) const;
     // The same shape, and strides that differ at most where a size of 1 makes them meaningless.
     bool same_layout(const Description& other) const;
