@@ -83,7 +83,6 @@ class FusedLookahead(SlowWeights):
             self.param_groups[-1].pop(switch, None)
 
     @opaque_to_compile
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Advances every parameter that has a gradient by one step, and syncs those whose turn it is.
 

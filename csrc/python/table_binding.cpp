@@ -62,11 +62,16 @@ TableBinding::TableBinding(py::handle tensor_type, bool use_exchange_api, const 
 
     for (const py::handle field : fields) add_field(py::reinterpret_borrow<py::tuple>(field));
     tensors_.reserve(rows.size());
-    layouts_.reserve(rows.size());
     const py::tuple kept_rows = held_[0], kept_groups = held_[1];
     groups_.resize(kept_groups.size());
     sources_.resize(kept_groups.size());
     for (const py::handle row : kept_rows) add_row(py::reinterpret_borrow<py::tuple>(row));
+    const int64_t* layout = layouts_.data();
+    for (Tensors& row : tensors_) {
+        row.layout.shape = layout;
+        row.layout.strides = layout + row.layout.ndim;
+        layout += 2 * row.layout.ndim;
+    }
     gradients_.resize(rows_.size(), nullptr);
     for (size_t i = 0; i < kept_groups.size(); ++i) {
         sources_[i].dict = kept_groups[i].ptr();
@@ -125,11 +130,13 @@ void TableBinding::add_row(py::tuple row) {
     }
     if (rows_.empty()) device_ = tensors.layout;
     plain.numel = tensors.layout.numel();
-    std::vector<int64_t> layout(tensors.layout.shape, tensors.layout.shape + tensors.layout.ndim);
-    layout.insert(layout.end(), tensors.layout.strides, tensors.layout.strides + tensors.layout.ndim);
-    layouts_.push_back(std::move(layout));
-    tensors.layout.shape = layouts_.back().data();
-    tensors.layout.strides = layouts_.back().data() + tensors.layout.ndim;
+    // The vector may move as it grows; the constructor sets the pointers when all rows are there.
+    const size_t begin = layouts_.size();
+    const int32_t ndim = tensors.layout.ndim;
+    layouts_.insert(layouts_.end(), tensors.layout.shape, tensors.layout.shape + ndim);
+    layouts_.insert(layouts_.end(), tensors.layout.strides, tensors.layout.strides + ndim);
+    tensors.layout.shape = layouts_.data() + begin;
+    tensors.layout.strides = layouts_.data() + begin + ndim;
 
     for (int i = 0; i < COLUMNS; ++i) {
         const py::handle tensor = columns[i];
@@ -157,7 +164,7 @@ bool TableBinding::refresh(bool read_gradients, bool deep) {
         if (!read(i)) return false;
     }
     for (size_t i = 0; i < rows_.size(); ++i) {
-        const Tensors& row = tensors_[i];
+        Tensors& row = tensors_[i];
         for (int column = PARAM; column < (deep ? COLUMNS : PARAM + 1); ++column) {
             if (row.column[column] == nullptr) continue;
             Description described;
@@ -173,6 +180,9 @@ bool TableBinding::refresh(bool read_gradients, bool deep) {
             release();
             return false;
         }
+        const bool active = rows_[i].column[GRAD] != nullptr;
+        if (active != row.updated) updated_ = py::object();
+        row.updated = active;
     }
     return true;
 }
@@ -301,26 +311,19 @@ void TableBinding::assign(Group& group, const Field& field, double value) {
 }
 
 py::list TableBinding::updated(bool deep) {
-    bool changed = !updated_ || updated_rows_.size() != rows_.size();
-    updated_rows_.resize(rows_.size());
-    for (size_t i = 0; i < rows_.size(); ++i) {
-        const bool active = rows_[i].column[GRAD] != nullptr;
-        changed |= updated_rows_[i] != active;
-        updated_rows_[i] = active;
-    }
-    if (changed) {
+    if (!updated_) {
         py::list active;
-        for (size_t i = 0; i < rows_.size(); ++i) {
-            if (updated_rows_[i]) active.append(py::handle(tensors_[i].version));
+        for (const Tensors& row : tensors_) {
+            if (row.updated) active.append(py::handle(row.version));
         }
         updated_ = std::move(active);
     }
     if (!deep) return updated_;
     auto all = py::reinterpret_steal<py::list>(PyList_GetSlice(updated_.ptr(), 0, PyList_GET_SIZE(updated_.ptr())));
     if (!all) throw py::error_already_set();
-    for (size_t i = 0; i < rows_.size(); ++i) {
-        for (int column = MASTER; updated_rows_[i] && column < COLUMNS; ++column) {
-            if (tensors_[i].column[column] != nullptr) all.append(py::handle(tensors_[i].column[column]));
+    for (const Tensors& row : tensors_) {
+        for (int column = MASTER; row.updated && column < COLUMNS; ++column) {
+            if (row.column[column] != nullptr) all.append(py::handle(row.column[column]));
         }
     }
     return all;

@@ -69,12 +69,14 @@ class TableBinding {
     void clear();
 
    private:
+    // What a step reads of every row comes first.
     struct Tensors {
-        PyObject* owner;    // the parameter itself, whose .grad is read
-        PyObject* version;  // shares the owner's version counter
-        bool conform;       // its gradient always goes through Python
-        PyObject* column[COLUMNS];
+        PyObject* owner;     // the parameter itself, whose .grad is read
+        bool conform;        // its gradient always goes through Python
+        bool updated;        // it took part in the last step that was refreshed, and is in updated_
         Description layout;  // of the parameter; shape and strides in layouts_
+        PyObject* column[COLUMNS];
+        PyObject* version;  // shares the owner's version counter
     };
     struct GroupSource {
         PyObject* dict;
@@ -104,14 +106,13 @@ class TableBinding {
     std::vector<Field> fields_;
     Description device_;
     std::vector<Tensors> tensors_;
-    std::vector<std::vector<int64_t>> layouts_;
+    std::vector<int64_t> layouts_;
     std::vector<GroupSource> sources_;
     std::vector<Row> rows_;
     std::vector<Group> groups_;
     std::vector<Chunk> chunks_;
     std::vector<PyObject*> gradients_;  // owned, during a step
-    py::object updated_;                // the list that updated() gave last, and for which rows
-    std::vector<bool> updated_rows_;
+    py::object updated_;                // the list that updated() gave last; none where other rows took part since
 };
 
 // Adds the class to a backend's module.
