@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Iterator
 from unittest import mock
 
@@ -66,6 +68,20 @@ def stand_in(request: pytest.FixtureRequest) -> Iterator[None]:
     tried = "backend" in request.fixturenames and request.getfixturevalue("backend").name == cuda_on_host.NAME
     with mock.patch.dict(BACKENDS, {cuda_on_host.NAME: cuda_on_host.backend()} if tried else {}):
         yield
+
+
+@pytest.fixture
+def runtime() -> Iterator[ctypes.CDLL]:
+    """The stand-in for the CUDA runtime, as if nothing had been done with it, and the backend over it."""
+    if cuda_on_host.missing():
+        pytest.skip(f"builds the stand-in: {cuda_on_host.missing()}")
+    library = cuda_on_host.control()
+    library.control_reset()
+    gc.collect()  # optimizers of other tests, which have events of their own
+    # Not by monkeypatch, which tests undo in their middle.
+    with mock.patch.dict(BACKENDS, {cuda_on_host.NAME: cuda_on_host.backend()}):
+        yield library
+    library.control_reset()
 
 
 @pytest.fixture(autouse=True)

@@ -84,6 +84,8 @@ cudaError_t cudaUserObjectRelease(cudaUserObject_t object, unsigned count);
 cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object, unsigned count, unsigned flags);
 
 void __syncthreads();
+// csrc/cuda/runtime.h tells what for.
+uint2 from_neighbour(uint2 given);
 
 namespace stand_in {
 cudaError_t load_kernel();
