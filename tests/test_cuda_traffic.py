@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from cuda_host import HOST, RULES, set_grads
-from helpers import Lockstep, make_optimizer, seeded
+from helpers import Lockstep, can_set_grad_dtype, make_grads, make_optimizer, seeded, set_grad
 
 pytestmark = pytest.mark.usefixtures("runtime")
 
@@ -66,6 +66,51 @@ def test_each_array_is_read_and_written_once(
         if rule == "adamw" and dtype == torch.float32:
             total = sum(runtime.control_read(i) + runtime.control_written(i) for i in range(len(traffic)))
             assert total == numel * (36 if due else 28)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "grad_dtype", "master"),
+    [
+        (torch.float32, torch.float32, False),
+        (torch.float64, torch.float64, False),
+        (torch.bfloat16, torch.bfloat16, False),
+        (torch.bfloat16, torch.bfloat16, True),
+        (torch.bfloat16, torch.float32, False),
+        (torch.float16, torch.float16, False),
+        (torch.float16, torch.float32, True),
+    ],
+)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_warp_asks_for_whole_sectors(
+    runtime: ctypes.CDLL, rule: str, dtype: torch.dtype, grad_dtype: torch.dtype, master: bool
+) -> None:
+    """Memory moves in sectors of 32 bytes: no access of a warp takes a part of one and comes back for the rest."""
+    if grad_dtype != dtype and not can_set_grad_dtype():
+        pytest.skip("this torch keeps no gradient in another dtype than the parameter's")
+    p = torch.nn.Parameter(aligned(torch.randn(3 * 2048 + 256).to(dtype), 64))
+    optimizer = make_optimizer(rule, [p], HOST, **RULES[rule], **({"master_weights": True} if master else {}))
+    for t in range(1, 7):
+        for tensor in (x for x in optimizer.state.get(p, {}).values() if x.dim() > 0):
+            tensor.data = aligned(tensor.data, 64)
+        (gradient,) = make_grads([p], generator=seeded(t), dtype=grad_dtype)
+        set_grad(p, aligned(gradient, 64))
+        runtime.control_reset()
+        arrays = [p, p.grad, *(x for x in optimizer.state.get(p, {}).values() if x.dim() > 0)]
+        watch(runtime, *arrays)
+        optimizer.step()
+        moved = sum(runtime.control_read(i) + runtime.control_written(i) for i in range(len(arrays)))
+        if t > 1:
+            assert moved > 0
+            assert runtime.control_elsewhere() == 0
+            assert runtime.control_sectors() * 32 == moved
+
+
+def aligned(tensor: torch.Tensor, alignment: int) -> torch.Tensor:
+    """A copy that starts at a multiple of so many bytes, as all of a GPU's allocations do."""
+    size = tensor.element_size()
+    room = torch.empty(tensor.numel() + alignment // size, dtype=tensor.dtype)
+    copy = room[-room.data_ptr() % alignment // size :][: tensor.numel()]
+    return copy.copy_(tensor)
 
 
 def test_the_table_is_a_small_part_of_the_traffic() -> None:

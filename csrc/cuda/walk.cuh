@@ -26,10 +26,12 @@ struct Walk {
     using Step = RowStep<Rule, T>;
     static constexpr int MOMENTS = Rule::MOMENTS;
 
-    // What a thread takes at a time: 16 bytes of the parameter, and of what is kept in a larger type a multiple of
-    // that. Not of fp64 parameters with fp32 gradients, a rare pair whose conversions would not fit the registers: 8
-    // bytes.
+    // What a thread takes at a time: 16 bytes of the parameter. Not of fp64 parameters with fp32 gradients, a rare pair
+    // whose conversions would not fit the registers: 8 bytes.
     static constexpr int VECTOR = sizeof(G) < sizeof(P) ? 1 : 16 / sizeof(P);
+
+    // How many elements have to be there for a thread to take that many: those of a warp where its lanes trade.
+    static constexpr int WHOLE = VECTOR * sizeof(T) > 16 ? 32 * VECTOR : VECTOR;
 
     // The parameter is kept in fewer bits than it is computed in; only then there may be a master.
     static constexpr bool NARROW = sizeof(P) < sizeof(T);
@@ -71,35 +73,60 @@ struct Walk {
     // The N elements from i on. Every condition on the way is the same for all threads of a block.
     template <int N>
     static __device__ __forceinline__ void elements(const Step& step, const Arrays& at, int i) {
-        // What is smaller than the compute type is moved at once, the rest in parts of 16 bytes: eight elements and
-        // their moments in fp32 do not fit the registers.
+        if constexpr (!NARROW) {
+            Pack<P, N> p;
+            Pack<G, N> grad{};
+            Pack<T, N> g;
+            load<Reuse::SOON>(p, at.param + i);
+            if constexpr (Rule::reads_gradient) load<Reuse::NEXT_STEP>(grad, at.grad + i);
+            for (int j = 0; j < N; ++j) g.element[j] = widen(grad.element[j]);
+            unit(step, at, i, p, g);
+            store<Reuse::SOON>(at.param + i, p);
+        } else {
+            narrow_elements<N>(step, at, i);
+        }
+    }
+
+    // What is narrower than the compute type is moved at once, the rest in units of 16 bytes: eight elements and their
+    // moments in fp32 do not fit the registers. In a warp's access to a unit, were each lane to take the elements it
+    // has of the parameter, every other 16 bytes would be left out, and every 32-byte sector be moved twice. So
+    // neighbours trade halves, and two lanes take 32 bytes that lie together.
+    template <int N>
+    static __device__ __forceinline__ void narrow_elements(const Step& step, const Arrays& at, int i) {
         constexpr int UNIT = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
+        constexpr bool TRADED = UNIT < N;
+        static_assert(!TRADED || N == 2 * UNIT, "two lanes trade halves");
+        constexpr int STRIDE = TRADED ? N : UNIT;
+        const int first = TRADED && threadIdx.x % 2 != 0 ? i - UNIT : i;
+        constexpr bool NARROW_GRAD = sizeof(G) < sizeof(T);
+
         Pack<P, N> param{};
-        Pack<G, N> grad{};
-        if constexpr (NARROW) {
-            if (at.master == nullptr) load<Reuse::SOON>(param, at.param + i);
+        if (at.master == nullptr) {
+            load<Reuse::SOON>(param, at.param + i);
+            if constexpr (TRADED) trade_halves(param);
         }
-        if constexpr (Rule::reads_gradient) load<Reuse::NEXT_STEP>(grad, at.grad + i);
+        Pack<G, NARROW_GRAD ? N : UNIT> grad{};
+        if constexpr (Rule::reads_gradient && NARROW_GRAD) {
+            load<Reuse::NEXT_STEP>(grad, at.grad + i);
+            if constexpr (TRADED) trade_halves(grad);
+        }
 #pragma unroll
-        for (int u = 0; u < N; u += UNIT) {
+        for (int u = 0; u < N / UNIT; ++u) {
+            const int place = first + u * STRIDE;
             Pack<T, UNIT> p, g;
-            for (int j = 0; j < UNIT; ++j) g.element[j] = widen(grad.element[u + j]);
-            if constexpr (!NARROW) {
-                load<Reuse::SOON>(p, at.param + i + u);
-                unit(step, at, i + u, p, g);
-                store<Reuse::SOON>(at.param + i + u, p);
+            if constexpr (Rule::reads_gradient && !NARROW_GRAD) load<Reuse::NEXT_STEP>(grad, at.grad + place);
+            for (int j = 0; j < UNIT; ++j) g.element[j] = widen(grad.element[NARROW_GRAD ? u * UNIT + j : j]);
+            if (at.master != nullptr) {
+                load<Reuse::NEXT_STEP>(p, at.master + place);
             } else {
-                if (at.master != nullptr) {
-                    load<Reuse::NEXT_STEP>(p, at.master + i + u);
-                } else {
-                    for (int j = 0; j < UNIT; ++j) p.element[j] = widen(param.element[u + j]);
-                }
-                unit(step, at, i + u, p, g);
-                if (at.master != nullptr) store<Reuse::NEXT_STEP>(at.master + i + u, p);
-                for (int j = 0; j < UNIT; ++j) narrow(p.element[j], param.element[u + j]);
+                for (int j = 0; j < UNIT; ++j) p.element[j] = widen(param.element[u * UNIT + j]);
             }
+            unit(step, at, place, p, g);
+            if (at.master != nullptr) store<Reuse::NEXT_STEP>(at.master + place, p);
+            for (int j = 0; j < UNIT; ++j) narrow(p.element[j], param.element[u * UNIT + j]);
         }
-        if constexpr (NARROW) store<Reuse::SOON>(at.param + i, param);
+        if constexpr (TRADED) trade_halves(param);
+        store<Reuse::SOON>(at.param + i, param);
     }
 
     template <int N>
@@ -170,7 +197,7 @@ __global__ void __launch_bounds__(CHUNK_THREADS, 1024 / CHUNK_THREADS) chunks(La
     __syncthreads();
     if (!Rule::reads_gradient && !step.sync.due) return;
 
-    const int vectored = Walk::VECTOR > 1 && Walk::aligned(at) ? chunk.count / Walk::VECTOR * Walk::VECTOR : 0;
+    const int vectored = Walk::VECTOR > 1 && Walk::aligned(at) ? chunk.count / Walk::WHOLE * Walk::WHOLE : 0;
     const int thread = static_cast<int>(threadIdx.x);
     // Not unrolled: that costs registers, and what is resident elsewhere on the multiprocessor hides the latency.
 #pragma unroll 1
