@@ -22,7 +22,7 @@ class Capture:
 
     def __init__(self, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
         self.library = library
-        self.stream = library.control_make_stream()
+        self.stream = library.control_make_stream(0)
         self.graph = None
         table: Any = sys.modules["lookahead_fused.table"]
         monkeypatch.setattr(table, "_is_capturing", Torch.is_capturing)
@@ -133,6 +133,38 @@ def test_a_capture_without_warm_up_is_refused(runtime: ctypes.CDLL, monkeypatch:
     with Capture(runtime, monkeypatch), pytest.raises(RuntimeError, match="before the capture"):
         optimizer.step()
     assert not optimizer.state
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 1
+
+
+def test_a_first_step_beside_a_capture(runtime: ctypes.CDLL) -> None:
+    """While another thread captures another stream, a table is made all the same: calls that may wait ask for leave."""
+    stream = runtime.control_make_stream(0)
+    runtime.control_begin_capture(ctypes.c_void_p(stream))
+    params = make_params([(5,)])
+    optimizer = make_optimizer("adamw", params, HOST)
+    for t in range(6):
+        set_grads(params, seeded(t))
+        optimizer.step()
+    runtime.control_destroy_graph(ctypes.c_void_p(runtime.control_end_capture(ctypes.c_void_p(stream))))
+    runtime.control_destroy_stream(ctypes.c_void_p(stream))
+    assert optimizer.state[params[0]]["step"] == 6
+
+
+def test_a_capture_after_a_step_that_failed_is_refused(runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is state, and no table on the device yet: made in the capture, it would be read after it is gone."""
+    params = make_params([(5,)])
+    optimizer = make_optimizer("adamw", params, HOST)
+    set_grads(params, seeded(1))
+    runtime.control_fail_at(ctypes.c_int64(0))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    runtime.control_reset()
+    capture = Capture(runtime, monkeypatch)
+    with capture, pytest.raises(RuntimeError, match="run a step before the capture"):
+        optimizer.step()
+    assert "cudaMemcpyAsync" not in calls()
+    capture.destroy()
     optimizer.step()
     assert optimizer.state[params[0]]["step"] == 1
 

@@ -7,11 +7,12 @@ import gc
 import time
 from collections import Counter
 
+import cuda_on_host
 import pytest
 import torch
 from cuda_host import HOST, set_grads
-from cuda_on_host import calls
-from helpers import make_optimizer, make_params, seeded
+from cuda_on_host import Torch, calls
+from helpers import assert_unchanged, make_optimizer, make_params, seeded, snapshot
 
 pytestmark = pytest.mark.usefixtures("runtime")
 
@@ -175,6 +176,47 @@ def test_any_call_may_fail(runtime: ctypes.CDLL, when: str) -> None:
         del params, optimizer
         gc.collect()
         assert runtime.control_live() == 0, name
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_stream_of_another_device_is_refused(
+    runtime: ctypes.CDLL, moved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the runtime, before anything changed; the message names the call. The next step is a step."""
+    params = make_params([(5,)])
+    optimizer = make_optimizer("adamw", params, HOST, lr=0.1, k=2)
+    set_grads(params, seeded(1))
+    optimizer.step()
+    if moved:
+        set_grads(params, seeded(2))
+    stream = runtime.control_make_stream(1)
+    before = snapshot(optimizer)
+    with Torch.on(stream):
+        message = error_of(optimizer)
+    assert "invalid resource handle" in message
+    assert ("cudaMemcpyAsync" if moved else "launch of the row kernel of adam of float32 in 1 blocks") in message
+    assert_unchanged(before, snapshot(optimizer))
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 2
+    runtime.control_destroy_stream(ctypes.c_void_p(stream))
+
+
+def test_the_allocator_is_told_of_each_stream_once(runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table's memory was allocated on one stream; another that reads it must be done before it is given away."""
+    told: list[int] = []
+    monkeypatch.setattr(cuda_on_host.backend(), "_used_on_current_stream", lambda tensor: told.append(Torch.stream))
+    params = make_params([(5,)])
+    optimizer = make_optimizer("adamw", params, HOST)
+    streams = [runtime.control_make_stream(0) for _ in range(2)]
+    for stream in (0, streams[0], 0, streams[1], streams[0], streams[0]):
+        with Torch.on(stream):
+            set_grads(params, seeded(1))
+            optimizer.step()
+    assert told == [streams[0]] * 2 + [streams[1]] * 2  # both of its arrays
+    del optimizer
+    gc.collect()
+    for stream in streams:
+        runtime.control_destroy_stream(ctypes.c_void_p(stream))
 
 
 def test_a_failed_upload_is_made_up_for(runtime: ctypes.CDLL) -> None:

@@ -14,6 +14,7 @@
 using Operation = std::function<cudaError_t()>;
 
 struct StandInStream {
+    int device = 0;
     std::vector<Operation> pending;
     StandInGraph* capturing = nullptr;
 };
@@ -66,7 +67,11 @@ StandInStream& real(cudaStream_t stream) {
     return stream == nullptr ? default_stream : *stream;
 }
 
+// The default stream is every device's own.
+bool is_of_another_device(cudaStream_t stream) { return stream != nullptr && stream->device != control.device; }
+
 cudaError_t submit(cudaStream_t handle, Operation operation) {
+    if (is_of_another_device(handle)) return cudaErrorInvalidResourceHandle;
     StandInStream& stream = real(handle);
     if (stream.capturing != nullptr) {
         stream.capturing->operations.push_back(std::move(operation));
@@ -94,7 +99,10 @@ bool may_wait() { return control.capturing == 0 || control.mode == cudaStreamCap
 
 namespace stand_in {
 
-cudaError_t load_kernel() { return enter("cudaFuncGetAttributes"); }
+cudaError_t load_kernel() {
+    ENTER("cudaFuncGetAttributes");
+    return may_wait() ? cudaSuccess : cudaErrorStreamCaptureUnsupported;
+}
 
 cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> thread) {
     ENTER("cudaLaunchKernelEx");
@@ -122,15 +130,17 @@ void access(const void* pointer, size_t bytes, bool write) {
 // ---- the runtime -----------------------------------------------------------------------------------------------
 
 const char* cudaGetErrorString(cudaError_t error) {
-    return error == cudaErrorMemoryAllocation    ? "out of memory"
-           : error == cudaErrorMisalignedAddress ? "misaligned address"
-                                                 : "another error";
+    return error == cudaErrorMemoryAllocation        ? "out of memory"
+           : error == cudaErrorMisalignedAddress     ? "misaligned address"
+           : error == cudaErrorInvalidResourceHandle ? "invalid resource handle"
+                                                     : "another error";
 }
 
 const char* cudaGetErrorName(cudaError_t error) {
     return error == cudaErrorMemoryAllocation           ? "cudaErrorMemoryAllocation"
            : error == cudaErrorMisalignedAddress        ? "cudaErrorMisalignedAddress"
            : error == cudaErrorStreamCaptureUnsupported ? "cudaErrorStreamCaptureUnsupported"
+           : error == cudaErrorInvalidResourceHandle    ? "cudaErrorInvalidResourceHandle"
            : error == cudaErrorLaunchFailure            ? "cudaErrorLaunchFailure"
                                                         : "cudaErrorInvalidValue";
 }
@@ -166,8 +176,8 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
             });
         }
     }
-    // Out of pageable memory: read now, and forbidden where it would have to be read again.
-    if (real(stream).capturing != nullptr) return cudaErrorStreamCaptureUnsupported;
+    // Out of pageable memory: read now, and forbidden where it would have to be read again, or waited for.
+    if (real(stream).capturing != nullptr || !may_wait()) return cudaErrorStreamCaptureUnsupported;
     const std::vector<char> staged(static_cast<const char*>(from), static_cast<const char*>(from) + bytes);
     return submit(stream, [=] {
         if (bytes > 0) std::memcpy(to, staged.data(), bytes);
@@ -270,7 +280,11 @@ CONTROL void control_unpinned(uintptr_t address) {
     pinned.erase(std::remove_if(pinned.begin(), pinned.end(), [=](const auto& p) { return p.first == address; }),
                  pinned.end());
 }
-CONTROL StandInStream* control_make_stream() { return new StandInStream; }
+CONTROL StandInStream* control_make_stream(int device) {
+    auto* const stream = new StandInStream;
+    stream->device = device;
+    return stream;
+}
 CONTROL void control_destroy_stream(StandInStream* stream) { delete stream; }
 CONTROL int control_drain(StandInStream* stream) { return drain(real(stream)); }
 CONTROL void control_begin_capture(StandInStream* stream) {
