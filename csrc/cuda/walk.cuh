@@ -74,13 +74,15 @@ struct Walk {
     template <int N>
     static __device__ __forceinline__ void elements(const Step& step, const Arrays& at, int i) {
         if constexpr (!NARROW) {
-            Pack<P, N> p;
+            // The gradient before the parameter: the other way round, fp64 Adam's registers spill on sm_120.
             Pack<G, N> grad{};
-            Pack<T, N> g;
-            load<Reuse::SOON>(p, at.param + i);
             if constexpr (Rule::reads_gradient) load<Reuse::NEXT_STEP>(grad, at.grad + i);
+            Pack<T, N> p, g;
             for (int j = 0; j < N; ++j) g.element[j] = widen(grad.element[j]);
-            unit(step, at, i, p, g);
+            load<Reuse::SOON>(p, at.param + i);
+            Pack<T, N> moment[MOMENTS] = {};
+            load_moments(step, at, i, moment);
+            unit(step, at, i, p, g, moment);
             store<Reuse::SOON>(at.param + i, p);
         } else {
             narrow_elements<N>(step, at, i);
@@ -101,27 +103,31 @@ struct Walk {
         constexpr bool NARROW_GRAD = sizeof(G) < sizeof(T);
 
         Pack<P, N> param{};
-        if (at.master == nullptr) {
-            load<Reuse::SOON>(param, at.param + i);
-            if constexpr (TRADED) trade_halves(param);
-        }
         Pack<G, NARROW_GRAD ? N : UNIT> grad{};
-        if constexpr (Rule::reads_gradient && NARROW_GRAD) {
-            load<Reuse::NEXT_STEP>(grad, at.grad + i);
-            if constexpr (TRADED) trade_halves(grad);
+        Pack<T, UNIT> p{}, moment[MOMENTS] = {};
+        const auto load_unit = [&](int place) {
+            if constexpr (Rule::reads_gradient && !NARROW_GRAD) load<Reuse::NEXT_STEP>(grad, at.grad + place);
+            if (at.master != nullptr) load<Reuse::NEXT_STEP>(p, at.master + place);
+            load_moments(step, at, place, moment);
+        };
+        // All loads of the first unit before the trade, which waits for what it trades.
+        if (at.master == nullptr) load<Reuse::SOON>(param, at.param + i);
+        if constexpr (Rule::reads_gradient && NARROW_GRAD) load<Reuse::NEXT_STEP>(grad, at.grad + i);
+        load_unit(first);
+        if constexpr (TRADED) {
+            if (at.master == nullptr) trade_halves(param);
+            if constexpr (Rule::reads_gradient && NARROW_GRAD) trade_halves(grad);
         }
 #pragma unroll
         for (int u = 0; u < N / UNIT; ++u) {
             const int place = first + u * STRIDE;
-            Pack<T, UNIT> p, g;
-            if constexpr (Rule::reads_gradient && !NARROW_GRAD) load<Reuse::NEXT_STEP>(grad, at.grad + place);
+            if (u > 0) load_unit(place);
+            Pack<T, UNIT> g;
             for (int j = 0; j < UNIT; ++j) g.element[j] = widen(grad.element[NARROW_GRAD ? u * UNIT + j : j]);
-            if (at.master != nullptr) {
-                load<Reuse::NEXT_STEP>(p, at.master + place);
-            } else {
+            if (at.master == nullptr) {
                 for (int j = 0; j < UNIT; ++j) p.element[j] = widen(param.element[u * UNIT + j]);
             }
-            unit(step, at, place, p, g);
+            unit(step, at, place, p, g, moment);
             if (at.master != nullptr) store<Reuse::NEXT_STEP>(at.master + place, p);
             for (int j = 0; j < UNIT; ++j) narrow(p.element[j], param.element[u * UNIT + j]);
         }
@@ -130,13 +136,17 @@ struct Walk {
     }
 
     template <int N>
-    static __device__ __forceinline__ void unit(const Step& step, const Arrays& at, int i, Pack<T, N>& p,
-                                                const Pack<T, N>& g) {
-        Pack<T, N> moment[MOMENTS] = {};
+    static __device__ __forceinline__ void load_moments(const Step& step, const Arrays& at, int i,
+                                                        Pack<T, N> (&moment)[MOMENTS]) {
 #pragma unroll
         for (int m = 0; m < MOMENTS; ++m) {
             if (step.moments >> m & 1) load<Reuse::NEXT_STEP>(moment[m], at.moment[m] + i);
         }
+    }
+
+    template <int N>
+    static __device__ __forceinline__ void unit(const Step& step, const Arrays& at, int i, Pack<T, N>& p,
+                                                const Pack<T, N>& g, Pack<T, N> (&moment)[MOMENTS]) {
         // In a first step that is a sync too (k = 1), phi is read back from here: kept in registers, it would take them
         // from every step.
         if (step.sync.capture) store<Reuse::NEXT_STEP>(at.slow + i, p);
