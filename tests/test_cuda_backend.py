@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +69,13 @@ def test_the_driver_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         assert cuda.unavailable(torch.device("cuda", 0)) == ""
     assert module.loaded == 3
+
+
+def test_the_stream_is_that_of_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is current on another device does not come in."""
+    streams = {0: 10, 1: 11}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=streams[device.index]))
+    assert [cuda._stream(torch.device("cuda", index)) for index in (0, 1)] == [10, 11]
 
 
 def test_a_capture_is_looked_for_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
