@@ -44,25 +44,34 @@ bench-cpu: $(VENV)/.built ## step times against torch's optimizers on this CPU
 	$(PY) bench/cpu.py $(ARGS)
 
 wheel: $(VENV)/.tools ## a wheel in dist/, and what machine code is in it
-	$(if $(ARCHS),TORCH_CUDA_ARCH_LIST="$(ARCHS)") $(PIP) wheel --no-deps --wheel-dir dist .
-	$(PY) tests/cuda_code.py $$(ls -t dist/*.whl | head -1)
+	@start=$$(date +%s); $(if $(ARCHS),TORCH_CUDA_ARCH_LIST="$(ARCHS)") $(PIP) wheel --no-deps --wheel-dir dist . \
+	  && echo "built in $$(($$(date +%s) - start)) s on $$(getconf _NPROCESSORS_ONLN) cores"
+	$(PY) tests/cuda_code.py $(if $(ARCHS),--expect "$(ARCHS)") "$$(ls -t dist/*.whl | head -1)"
 
 # Where there is a GPU. Each tool runs the tests that launch kernels; PyTorch's caching of memory would hide from it
 # where a tensor ends.
-sanitize: $(VENV)/.extra-test ## compute-sanitizer's memcheck, racecheck and initcheck over the CUDA tests
-	@command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not on PATH; it is in the CUDA toolkit"; exit 1; }
+SANITIZED := --backend cuda -m "not slow" -k "(test_rules or test_layout) and cuda-cuda or test_cuda_gpu and not graph"
+SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --launch-timeout 0 \
+  --kernel-regex kns=lookahead_fused
+sanitize: $(VENV)/.extra-test sanitizer-found ## compute-sanitizer's memcheck, racecheck and initcheck over the CUDA tests
+	@$(PY) -c 'import lookahead_fused as l; s = l.backends()["cuda"]; s.available or exit("nothing to check: " + s.reason)'
 	@set -e; for check in memcheck racecheck initcheck; do \
 	  echo "== $$check"; \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$check --error-exitcode 9 --launch-timeout 0 \
-	    --kernel-regex kns=lookahead_fused $(PY) -m pytest -q -p no:cacheprovider --benchmark-disable \
-	    -m "not slow" -k "(test_rules or test_layout) and cuda-cuda or test_cuda_gpu and not graph" $(ARGS) tests; \
+	  $(SANITIZE) --tool $$check $(PY) -m pytest -q -p no:cacheprovider --benchmark-disable $(SANITIZED) $(ARGS) tests; \
 	done
 
+.PHONY: sanitizer-found
+sanitizer-found:
+	@command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not on PATH; it comes with the CUDA toolkit, \
+	and with NVIDIA's package nvidia-cuda-sanitizer-api (in nvidia/cu13/bin of site-packages)"; exit 1; }
+
 gpu-report: $(VENV)/.extra-test ## all that a first GPU is for, in one file: gpu-report.txt
-	@{ nvidia-smi; $(PY) -m lookahead_fused; \
-	  echo "== tests"; $(PY) -m pytest -q -p no:cacheprovider --benchmark-disable -k "cuda" $(ARGS) tests; \
-	  echo "== sanitizer"; $(MAKE) --no-print-directory sanitize; \
-	  echo "== benchmark"; $(PY) bench/gpu.py; } 2>&1 | tee gpu-report.txt
+	@$(PY) tests/gpu_report.py gpu-report.txt \
+	  environment "$(PY) -m lookahead_fused" \
+	  --gpu driver "nvidia-smi" \
+	  tests "$(PY) -m pytest -q -p no:cacheprovider --benchmark-disable -k cuda $(ARGS) tests" \
+	  --gpu sanitizer "make --no-print-directory sanitize" \
+	  --gpu benchmark "$(PY) bench/gpu.py"
 
 # PYTHONSAFEPATH keeps the source tree off sys.path; the suite checks that it runs the package it is told to expect.
 test-torches: $(VENV)/.tools ## the whole suite against one wheel under each release in TORCHES

@@ -108,7 +108,10 @@ def find_nvcc() -> Path | str:
         return toolkit_nvcc(on_path)
     # The packages nvidia-cuda-nvcc and nvidia-cuda-runtime share one directory, nvidia/cu13.
     nvidia = importlib.util.find_spec("nvidia")
-    for place in (nvidia.submodule_search_locations or ()) if nvidia else ():
+    places = list(nvidia.submodule_search_locations or ()) if nvidia else []
+    # Where pip builds in isolation, an import does not find what is installed.
+    places += [str(Path(sysconfig.get_path(name), "nvidia")) for name in ("purelib", "platlib")]
+    for place in dict.fromkeys(places):
         for nvcc in sorted(Path(place).glob("cu*/bin/nvcc"), reverse=True):
             if next(nvcc.parents[1].glob("include/cuda_runtime.h"), None):
                 return nvcc

@@ -266,7 +266,10 @@ def _conform(places: list[Place], grad_dtype: torch.dtype, index: int, gradient:
 
 
 def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,6 +1,7 @@
 """Reads the machine code out of a compiled `_cuda`: `python cuda_code.py FILE...` lists what wheels or modules hold.
 
-`cuobjdump` and `nvdisasm` come with triton's wheel and with the CUDA toolkit.
+With `--expect "9.0 12.0+PTX"` before the files, it fails where that is not exactly what they hold. `cuobjdump` and
+`nvdisasm` come with triton's wheel and with the CUDA toolkit.
 """
 
 from __future__ import annotations
@@ -31,6 +32,13 @@ class Kernel:
     def opcodes(self) -> Counter[str]:
         """How often each instruction stands there, with its modifiers."""
         return Counter(opcode(line) for line in self.code)
+
+    def resident_threads(self, block: int) -> int:
+        """How many threads a multiprocessor has room for, in blocks of so many: by registers and by the hardware."""
+        most = {"sm_75": 1024, "sm_86": 1536, "sm_89": 1536, "sm_120": 1536}.get(self.architecture, 2048)
+        # Registers are handed out to warps, 8 for each thread at a time.
+        by_registers = 65536 // (32 * -(-self.registers // 8) * 8) * 32
+        return min(most, by_registers) // block * block
 
 
 def tool(name: str) -> str | None:
@@ -75,6 +83,24 @@ def kernels(module: Path) -> list[Kernel]:
     return result
 
 
+def bytes_asked_before_use(kernel: Kernel) -> int:
+    """What the first run of 16-byte loads asks for, before an instruction reads what one of them brings."""
+    asked, pending = 0, set[int]()
+    for line in kernel.code:
+        registers = [int(r) for r in re.findall(r"\bR(\d+)\b", line)]
+        if found := re.search(r"LDG\.\S*128\S* R(\d+),", line):
+            # Its address may lie where its value will.
+            pending |= set(range(int(found[1]), int(found[1]) + 4))
+            asked += 16
+        elif pending & set(registers[0 if _only_reads(line) else 1 :]):
+            return asked
+    return asked
+
+
+def _only_reads(line: str) -> bool:
+    return opcode(line).startswith(("STG", "STS", "ISETP", "FSETP", "DSETP"))
+
+
 def ptx(module: Path) -> list[str]:
     """The architectures that a module has PTX for."""
     cuobjdump = tool("cuobjdump")
@@ -108,7 +134,7 @@ def _output(*command: str) -> str:
 
 def table(found: list[Kernel]) -> str:
     lines = [f"{'kernel':38} {'arch':7} {'registers':>9} {'stack':>5} {'128-bit LDG/STG':>15} {'narrower':>8}"]
-    for kernel in sorted(found, key=lambda k: (k.name, int(re.sub(r"\D", "", k.architecture)))):
+    for kernel in sorted(found, key=lambda k: (k.name, by_number(k.architecture))):
         codes = kernel.opcodes()
         access = {name: n for name, n in codes.items() if name.startswith(("LDG", "STG"))}
         wide = [sum(n for name, n in access.items() if name.startswith(op) and ".128" in name) for op in ("LDG", "STG")]
@@ -120,7 +146,25 @@ def table(found: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
-def main(paths: list[str]) -> int:
+def contents(module: Path, found: list[Kernel]) -> set[str]:
+    """What a module is built for: "sm_90" for machine code, "compute_90" for PTX."""
+    return {kernel.architecture for kernel in found} | {name.replace("sm_", "compute_") for name in ptx(module)}
+
+
+def expected(architectures: str) -> set[str]:
+    """The same of an entry of TORCH_CUDA_ARCH_LIST: "9.0 12.0+PTX" is sm_90, sm_120 and compute_120."""
+    entries = [entry.partition("+") for entry in architectures.replace(";", " ").split()]
+    numbers = [(number.replace(".", ""), suffix) for number, _, suffix in entries]
+    return {f"sm_{n}" for n, _ in numbers} | {f"compute_{n}" for n, suffix in numbers if suffix == "PTX"}
+
+
+def by_number(name: str) -> tuple[int, str]:
+    return int(re.sub(r"\D", "", name)), name
+
+
+def main(words: list[str]) -> int:
+    wanted, paths = (expected(words[1]), words[2:]) if words[:1] == ["--expect"] else (None, words)
+    status = 0
     for path in paths:
         with tempfile.TemporaryDirectory() as directory:
             modules = [Path(path)]
@@ -131,11 +175,16 @@ def main(paths: list[str]) -> int:
             for module in modules:
                 found = kernels(module)
                 print(f"{path}: {module.name}, {module.stat().st_size} bytes")
-                print("machine code:", *sorted({k.architecture for k in found}), "PTX:", *(ptx(module) or ["none"]))
+                held = contents(module, found)
+                print("built for", *sorted(held, key=by_number))
                 print(table(found))
+                if wanted is not None and held != wanted:
+                    print(f"{path}: built for another list than {' '.join(sorted(wanted, key=by_number))}")
+                    status = 1
             if not modules:
                 print(f"{path}: no _cuda in it")
-    return 0
+                status = 1 if wanted else status
+    return status
 
 
 if __name__ == "__main__":

@@ -9,7 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lookahead_fused.backends import cuda
+from lookahead_fused import table
+from lookahead_fused.backends import cuda, reference
+
+backends = sys.modules["lookahead_fused.backends"]
 
 
 @pytest.mark.parametrize(
@@ -23,6 +26,10 @@ from lookahead_fused.backends import cuda
         ("8.0+PTX", (7, 5), False),
         ("9.0a", (9, 0), True),
         ("9.0a+PTX", (10, 0), False),  # made for the features of one architecture
+        ("10.0a", (10, 3), False),
+        ("10.0f", (10, 3), True),  # of a family
+        ("10.3f", (10, 0), False),
+        ("10.0f+PTX", (12, 0), False),
         ("7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX", (7, 5), True),
         ("7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX", (10, 3), True),
         ("7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX", (11, 0), False),
@@ -35,18 +42,83 @@ def test_which_devices_a_build_covers(architectures: str, capability: tuple[int,
 
 
 def test_a_card_that_is_not_covered_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what was built, and what to do."""
-    module = SimpleNamespace(architectures="8.0 9.0", device_count=lambda: 1)
-    monkeypatch.setattr(cuda, "native", lambda: module)
-    monkeypatch.setattr(cuda, "_no_devices", lambda module: "")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (12, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some Card 6000")
-    monkeypatch.setattr(cuda, "_not_covered", cuda._not_covered.__wrapped__)
+    """With what was built, and what to do; `auto` then takes the next backend, and says so."""
+    pretend(monkeypatch, Module(), (12, 0))
     message = cuda.unavailable(torch.device("cuda", 0))
     for part in ("Some Card 6000", "12.0", "8.0 9.0", "TORCH_CUDA_ARCH_LIST=12.0"):
         assert part in message
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(backends, "BACKENDS", {"cuda": cuda, "reference": reference})
+    with pytest.warns(RuntimeWarning, match=r"Some Card 6000 has compute capability 12\.0"):
+        assert backends.choose("auto", torch.device("cuda", 0)) is reference
+    with pytest.raises(RuntimeError, match=r"Some Card 6000 has compute capability 12\.0"):
+        backends.choose("cuda", torch.device("cuda", 0))
+    pretend(monkeypatch, Module(), (9, 0))
     assert cuda.unavailable(torch.device("cuda", 0)) == ""
+
+
+def test_the_driver_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses what the numbers promise (a Tegra's generation is not the desktop's); only a success is remembered."""
+    module = Module(error="loading the kernels of adam of float32 onto device 0 failed: no kernel image")
+    pretend(monkeypatch, module, (9, 0))
+    for _ in range(2):
+        assert "no kernel image" in cuda.unavailable(torch.device("cuda", 0))
+    assert cuda.unavailable() == ""  # who only asks makes no context
+    assert module.loaded == 2
+    module.error = ""
+    for _ in range(2):
+        assert cuda.unavailable(torch.device("cuda", 0)) == ""
+    assert module.loaded == 3
+
+
+def test_the_stream_is_that_of_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is current on another device does not come in."""
+    streams = {0: 10, 1: 11}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=streams[device.index]))
+    assert [cuda._stream(torch.device("cuda", index)) for index in (0, 1)] == [10, 11]
+
+
+def test_a_capture_is_looked_for_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the current one."""
+    current = [0]
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            self.index = device.index
+
+        def __enter__(self) -> None:
+            current.append(self.index)
+
+        def __exit__(self, *exception: object) -> None:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 1)
+    assert table._is_capturing(torch.device("cuda", 1))
+    assert not table._is_capturing(torch.device("cuda", 0))
+
+
+class Module:
+    """What the compiled module tells of itself."""
+
+    architectures = "8.0 9.0"
+
+    def __init__(self, error: str = "") -> None:
+        self.error, self.loaded = error, 0
+
+    def load_kernels(self, index: int) -> None:
+        self.loaded += 1
+        if self.error:
+            raise RuntimeError(self.error)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, module: Module, capability: tuple[int, int]) -> None:
+    """A machine with one card."""
+    monkeypatch.setattr(cuda, "native", lambda: module)
+    monkeypatch.setattr(cuda, "_no_devices", lambda module: "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Some Card 6000")
 
 
 def test_importing_touches_no_cuda() -> None:

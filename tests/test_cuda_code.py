@@ -80,6 +80,46 @@ def test_memory_is_reached_as_global_and_16_bytes_at_a_time(kernels: list[cuda_c
         assert wide["STG"] >= moments + 2, where
 
 
+def test_enough_loads_are_in_flight(kernels: list[cuda_code.Kernel], capsys: pytest.CaptureFixture[str]) -> None:
+    """By Little's law: an H100 moves 3.35 TB/s by 132 multiprocessors in some 700 ns, 18 KB each; here 32 at least.
+
+    Counted is what a thread of the vector path has asked for before it needs the first of it: parameter, gradient and
+    all moments, or parameter and one more in a sync alone. What not every step has is not counted: the parameter or its
+    master, AMSGrad's maximum.
+    """
+    lines = []
+    for kernel, where in walks(kernels):
+        if "double, float" in kernel.name:
+            continue
+        asked = (
+            cuda_code.bytes_asked_before_use(kernel) - 16 * ("Float16" in kernel.name) - 16 * ("Adam" in kernel.name)
+        )
+        in_flight = asked * kernel.resident_threads(256)
+        lines.append(f"{where:48} {asked:4} bytes a thread, {in_flight // 1024:3} KB a multiprocessor")
+        assert asked >= 16 * (4 if "Adam" in kernel.name else 3 if "Sgd" in kernel.name else 2), where
+        assert in_flight >= 32 << 10, where
+    with capsys.disabled():
+        print("\n" + "\n".join(sorted(lines)))
+
+
+def test_the_module_is_small(path: Path) -> None:
+    assert path.stat().st_size <= 10 << 20
+
+
+def test_what_a_file_holds_is_compared_with_what_was_asked_for(
+    path: Path, kernels: list[cuda_code.Kernel], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The check of `make wheel ARCHS=...`: exactly the list, PTX apart from machine code."""
+    module = build.module("_cuda")
+    assert module is not None
+    built = module.architectures
+    assert cuda_code.expected(built) == cuda_code.contents(path, kernels)
+    assert cuda_code.expected("9.0;10.0a+PTX") == {"sm_90", "sm_100a", "compute_100a"}
+    assert cuda_code.main(["--expect", built, str(path)]) == 0
+    assert cuda_code.main(["--expect", f"{built} 99.0", str(path)]) == 1
+    assert "built for another list than" in capsys.readouterr().out
+
+
 def test_the_rules_are_rounded_operation_by_operation(kernels: list[cuda_code.Kernel]) -> None:
     """Outside of the sequences that make an IEEE division or root, nothing is fused, nothing approximate.
 

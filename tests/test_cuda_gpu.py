@@ -151,7 +151,37 @@ def test_devices_other_than_the_current_one() -> None:
     assert same_tensor_bits(*params)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_stream_of_another_device() -> None:
+    """One that is current on its own device is nothing to a parameter on the first."""
+    p = torch.nn.Parameter(torch.ones(1000, device="cuda:0"))
+    optimizer = make_optimizer("adamw", [p], CUDA, lr=0.1, k=2)
+    with torch.cuda.stream(torch.cuda.Stream(device="cuda:1")):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    torch.cuda.synchronize(0)
+    assert (p < 1).all()
+
+
+def test_state_on_another_device_comes_back() -> None:
+    """As a checkpoint leaves it that was loaded onto the CPU: no row mixes devices."""
+    runs = []
+    for moved in (False, True):
+        params = make_params(SHAPES, device="cuda")
+        optimizer = make_optimizer("adamw", params, CUDA, lr=0.1, k=2)
+        for t in range(4):
+            set_grads(params, t)
+            optimizer.step()
+            if moved:
+                for own in optimizer.state.values():
+                    own.update({name: value.cpu() for name, value in own.items()})
+        runs.append(params)
+    for p, q in zip(*runs, strict=True):
+        assert same_tensor_bits(p, q)
+
+
 @pytest.mark.slow
+@pytest.mark.large
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_properties(0).total_memory < 60 << 30,
     reason="needs a GPU of 60 GB",

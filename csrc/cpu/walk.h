@@ -18,10 +18,7 @@
 namespace lookahead_fused {
 inline namespace LF_ISA {
 
-// P is the parameter's type in memory, G the gradient's; fp64 is computed in fp64, all else in fp32.
-template <class P>
-using Compute = std::conditional_t<std::is_same_v<P, double>, double, float>;
-
+// P is the parameter's type in memory, G the gradient's.
 template <class Rule, class P, class G>
 struct Walk {
     using T = Compute<P>;

@@ -110,5 +110,20 @@ __device__ __forceinline__ void store(M* to, const Pack<M, N>& from) {
     }
 }
 
+// Two lanes, an even one and the odd one after it, hold 16 bytes each: of the four halves in memory's order the even
+// one has 0 and 1, the odd one 2 and 3. Afterwards the even one has 0 and 2, the odd one 1 and 3; and the same call
+// takes that back.
+template <class M, int N>
+__device__ __forceinline__ void trade_halves(Pack<M, N>& pack) {
+    static_assert(sizeof(pack) == 2 * sizeof(uint2), "one access of a thread");
+    uint2 half[2];
+    std::memcpy(half, &pack, sizeof(pack));
+    const bool odd = threadIdx.x % 2 != 0;
+    const uint2 received = from_neighbour(odd ? half[0] : half[1]);
+    half[0] = odd ? received : half[0];
+    half[1] = odd ? half[1] : received;
+    std::memcpy(&pack, half, sizeof(pack));
+}
+
 }  // namespace LF_ISA
 }  // namespace lookahead_fused

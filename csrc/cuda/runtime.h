@@ -23,6 +23,11 @@ __device__ __forceinline__ void store_global(Word* address, Word word) {
     *address = word;
 }
 
+// What the lane beside this one (0 and 1, 2 and 3, ...) gives; all lanes of a warp come here together.
+__device__ __forceinline__ uint2 from_neighbour(uint2 given) {
+    return make_uint2(__shfl_xor_sync(0xffffffffu, given.x, 1), __shfl_xor_sync(0xffffffffu, given.y, 1));
+}
+
 __device__ __forceinline__ float half_bits_to_float(uint16_t bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));

@@ -1,7 +1,6 @@
 #include "stepper.h"
 
 #include <cstring>
-#include <limits>
 
 #include "../rules/adam.h"
 #include "../rules/sgd.h"
@@ -24,6 +23,13 @@ std::string copied(size_t bytes, const char* what) {
     return "cudaMemcpyAsync of " + std::to_string(bytes) + " bytes (" + what + ") to the device";
 }
 
+// While another thread captures a graph, this needs leave: a module that is not loaded yet allocates memory.
+void load(const Kernel& kernel, int device) {
+    const MayWait allowed;
+    check(kernel.load(), std::string("loading the kernels of ") + kernel.name + " onto device " +
+                             std::to_string(device) + " (this build has " LOOKAHEAD_FUSED_CUDA_ARCHITECTURES ")");
+}
+
 }  // namespace
 
 const Kernel* find_kernel(const std::string& rule, Dtype param, Dtype grad) {
@@ -41,8 +47,7 @@ Sizes sizes(const Table& table, const Kernel& kernel) {
 Stepper::Stepper(const Table& table, const Kernel& kernel, int device, const Memory& memory, cudaStream_t stream)
     : kernel_(kernel), device_(device), memory_(memory), moving_(sizes(table, kernel).moving) {
     const DeviceGuard guard(device);
-    check(kernel.load(), std::string("loading the kernels of ") + kernel.name + " onto device " +
-                             std::to_string(device) + " (this build has " LOOKAHEAD_FUSED_CUDA_ARCHITECTURES ")");
+    load(kernel, device);
 
     // The room for coefficients too: their padding is copied with them, and would pass for memory never written.
     std::vector<std::byte> fixed(sizes(table, kernel).fixed);
@@ -50,9 +55,12 @@ Stepper::Stepper(const Table& table, const Kernel& kernel, int device, const Mem
     if (table.chunk_count > 0) {
         std::memcpy(fixed.data() + row_bytes(table), table.chunks, table.chunk_count * sizeof(Chunk));
     }
-    // Out of memory that is not pinned: the call returns when it has read it.
-    check(cudaMemcpyAsync(memory.fixed, fixed.data(), fixed.size(), cudaMemcpyHostToDevice, stream),
-          copied(fixed.size(), "rows and chunks"));
+    {
+        // Out of memory that is not pinned: the call returns when it has read it, and may wait for that.
+        const MayWait allowed;
+        check(cudaMemcpyAsync(memory.fixed, fixed.data(), fixed.size(), cudaMemcpyHostToDevice, stream),
+              copied(fixed.size(), "rows and chunks"));
+    }
 
     launch_.rows = reinterpret_cast<const Row*>(memory.fixed);
     launch_.row_count = table.row_count;
@@ -177,6 +185,11 @@ void retain_for_graph(cudaStream_t stream, void* object, void (*release)(void*))
     error = cudaGraphRetainUserObject(graph, held, 1, cudaGraphUserObjectMove);
     if (error != cudaSuccess) cudaUserObjectRelease(held, 1);
     check(error, "cudaGraphRetainUserObject");
+}
+
+void load_kernels(int device) {
+    const DeviceGuard guard(device);
+    load(*find_adam(Dtype::FLOAT32, Dtype::FLOAT32), device);
 }
 
 int device_count() {

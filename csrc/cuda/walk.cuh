@@ -19,20 +19,19 @@
 namespace lookahead_fused {
 inline namespace LF_ISA {
 
-// P is the parameter's type in memory, G the gradient's; fp64 is computed in fp64, all else in fp32.
-template <class P>
-using Compute = std::conditional_t<std::is_same_v<P, double>, double, float>;
-
+// P is the parameter's type in memory, G the gradient's.
 template <class Rule, class P, class G>
 struct Walk {
     using T = Compute<P>;
     using Step = RowStep<Rule, T>;
     static constexpr int MOMENTS = Rule::MOMENTS;
 
-    // What a thread takes at a time: 16 bytes of the parameter, and of what is kept in a larger type a multiple of
-    // that. Not of fp64 parameters with fp32 gradients, a rare pair whose conversions would not fit the registers: 8
-    // bytes.
+    // What a thread takes at a time: 16 bytes of the parameter. Not of fp64 parameters with fp32 gradients, a rare pair
+    // whose conversions would not fit the registers: 8 bytes.
     static constexpr int VECTOR = sizeof(G) < sizeof(P) ? 1 : 16 / sizeof(P);
+
+    // How many elements have to be there for a thread to take that many: those of a warp where its lanes trade.
+    static constexpr int WHOLE = VECTOR * sizeof(T) > 16 ? 32 * VECTOR : VECTOR;
 
     // The parameter is kept in fewer bits than it is computed in; only then there may be a master.
     static constexpr bool NARROW = sizeof(P) < sizeof(T);
@@ -74,45 +73,80 @@ struct Walk {
     // The N elements from i on. Every condition on the way is the same for all threads of a block.
     template <int N>
     static __device__ __forceinline__ void elements(const Step& step, const Arrays& at, int i) {
-        // What is smaller than the compute type is moved at once, the rest in parts of 16 bytes: eight elements and
-        // their moments in fp32 do not fit the registers.
+        if constexpr (!NARROW) {
+            // The gradient before the parameter: the other way round, fp64 Adam's registers spill on sm_120.
+            Pack<G, N> grad{};
+            if constexpr (Rule::reads_gradient) load<Reuse::NEXT_STEP>(grad, at.grad + i);
+            Pack<T, N> p, g;
+            for (int j = 0; j < N; ++j) g.element[j] = widen(grad.element[j]);
+            load<Reuse::SOON>(p, at.param + i);
+            Pack<T, N> moment[MOMENTS] = {};
+            load_moments(step, at, i, moment);
+            unit(step, at, i, p, g, moment);
+            store<Reuse::SOON>(at.param + i, p);
+        } else {
+            narrow_elements<N>(step, at, i);
+        }
+    }
+
+    // What is narrower than the compute type is moved at once, the rest in units of 16 bytes: eight elements and their
+    // moments in fp32 do not fit the registers. In a warp's access to a unit, were each lane to take the elements it
+    // has of the parameter, every other 16 bytes would be left out, and every 32-byte sector be moved twice. So
+    // neighbours trade halves, and two lanes take 32 bytes that lie together.
+    template <int N>
+    static __device__ __forceinline__ void narrow_elements(const Step& step, const Arrays& at, int i) {
         constexpr int UNIT = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
+        constexpr bool TRADED = UNIT < N;
+        static_assert(!TRADED || N == 2 * UNIT, "two lanes trade halves");
+        constexpr int STRIDE = TRADED ? N : UNIT;
+        const int first = TRADED && threadIdx.x % 2 != 0 ? i - UNIT : i;
+        constexpr bool NARROW_GRAD = sizeof(G) < sizeof(T);
+
         Pack<P, N> param{};
-        Pack<G, N> grad{};
-        if constexpr (NARROW) {
-            if (at.master == nullptr) load<Reuse::SOON>(param, at.param + i);
+        Pack<G, NARROW_GRAD ? N : UNIT> grad{};
+        Pack<T, UNIT> p{}, moment[MOMENTS] = {};
+        const auto load_unit = [&](int place) {
+            if constexpr (Rule::reads_gradient && !NARROW_GRAD) load<Reuse::NEXT_STEP>(grad, at.grad + place);
+            if (at.master != nullptr) load<Reuse::NEXT_STEP>(p, at.master + place);
+            load_moments(step, at, place, moment);
+        };
+        // All loads of the first unit before the trade, which waits for what it trades.
+        if (at.master == nullptr) load<Reuse::SOON>(param, at.param + i);
+        if constexpr (Rule::reads_gradient && NARROW_GRAD) load<Reuse::NEXT_STEP>(grad, at.grad + i);
+        load_unit(first);
+        if constexpr (TRADED) {
+            if (at.master == nullptr) trade_halves(param);
+            if constexpr (Rule::reads_gradient && NARROW_GRAD) trade_halves(grad);
         }
-        if constexpr (Rule::reads_gradient) load<Reuse::NEXT_STEP>(grad, at.grad + i);
 #pragma unroll
-        for (int u = 0; u < N; u += UNIT) {
-            Pack<T, UNIT> p, g;
-            for (int j = 0; j < UNIT; ++j) g.element[j] = widen(grad.element[u + j]);
-            if constexpr (!NARROW) {
-                load<Reuse::SOON>(p, at.param + i + u);
-                unit(step, at, i + u, p, g);
-                store<Reuse::SOON>(at.param + i + u, p);
-            } else {
-                if (at.master != nullptr) {
-                    load<Reuse::NEXT_STEP>(p, at.master + i + u);
-                } else {
-                    for (int j = 0; j < UNIT; ++j) p.element[j] = widen(param.element[u + j]);
-                }
-                unit(step, at, i + u, p, g);
-                if (at.master != nullptr) store<Reuse::NEXT_STEP>(at.master + i + u, p);
-                for (int j = 0; j < UNIT; ++j) narrow(p.element[j], param.element[u + j]);
+        for (int u = 0; u < N / UNIT; ++u) {
+            const int place = first + u * STRIDE;
+            if (u > 0) load_unit(place);
+            Pack<T, UNIT> g;
+            for (int j = 0; j < UNIT; ++j) g.element[j] = widen(grad.element[NARROW_GRAD ? u * UNIT + j : j]);
+            if (at.master == nullptr) {
+                for (int j = 0; j < UNIT; ++j) p.element[j] = widen(param.element[u * UNIT + j]);
             }
+            unit(step, at, place, p, g, moment);
+            if (at.master != nullptr) store<Reuse::NEXT_STEP>(at.master + place, p);
+            for (int j = 0; j < UNIT; ++j) narrow(p.element[j], param.element[u * UNIT + j]);
         }
-        if constexpr (NARROW) store<Reuse::SOON>(at.param + i, param);
+        if constexpr (TRADED) trade_halves(param);
+        store<Reuse::SOON>(at.param + i, param);
     }
 
     template <int N>
-    static __device__ __forceinline__ void unit(const Step& step, const Arrays& at, int i, Pack<T, N>& p,
-                                                const Pack<T, N>& g) {
-        Pack<T, N> moment[MOMENTS] = {};
+    static __device__ __forceinline__ void load_moments(const Step& step, const Arrays& at, int i,
+                                                        Pack<T, N> (&moment)[MOMENTS]) {
 #pragma unroll
         for (int m = 0; m < MOMENTS; ++m) {
             if (step.moments >> m & 1) load<Reuse::NEXT_STEP>(moment[m], at.moment[m] + i);
         }
+    }
+
+    template <int N>
+    static __device__ __forceinline__ void unit(const Step& step, const Arrays& at, int i, Pack<T, N>& p,
+                                                const Pack<T, N>& g, Pack<T, N> (&moment)[MOMENTS]) {
         // In a first step that is a sync too (k = 1), phi is read back from here: kept in registers, it would take them
         // from every step.
         if (step.sync.capture) store<Reuse::NEXT_STEP>(at.slow + i, p);
@@ -173,7 +207,7 @@ __global__ void __launch_bounds__(CHUNK_THREADS, 1024 / CHUNK_THREADS) chunks(La
     __syncthreads();
     if (!Rule::reads_gradient && !step.sync.due) return;
 
-    const int vectored = Walk::VECTOR > 1 && Walk::aligned(at) ? chunk.count / Walk::VECTOR * Walk::VECTOR : 0;
+    const int vectored = Walk::VECTOR > 1 && Walk::aligned(at) ? chunk.count / Walk::WHOLE * Walk::WHOLE : 0;
     const int thread = static_cast<int>(threadIdx.x);
     // Not unrolled: that costs registers, and what is resident elsewhere on the multiprocessor hides the latency.
 #pragma unroll 1

@@ -112,6 +112,7 @@ PYBIND11_MODULE(LOOKAHEAD_FUSED_CUDA_MODULE, module) {
     module.attr("ring") = RING;
     module.attr("architectures") = LOOKAHEAD_FUSED_CUDA_ARCHITECTURES;
     module.def("device_count", &device_count);
+    module.def("load_kernels", &load_kernels);
     // Calls a function that may wait for the device, or allocate memory, while some stream is being captured.
     module.def("allowed_to_wait", [](const py::function& function) {
         const MayWait allowed;

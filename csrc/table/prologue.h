@@ -3,12 +3,18 @@
 // device.
 #pragma once
 
+#include <type_traits>
+
 #include "../rules/rule.h"
 #include "../rules/sync.h"
 #include "table.h"
 
 namespace lookahead_fused {
 inline namespace LF_ISA {
+
+// What a parameter of type P is computed in: fp64 in fp64, all else in fp32.
+template <class P>
+using Compute = std::conditional_t<std::is_same_v<P, double>, double, float>;
 
 template <class Rule, class T>
 struct RowStep {

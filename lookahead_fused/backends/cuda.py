@@ -34,8 +34,10 @@ def unavailable(device: torch.device | None = None) -> str:
     reason = _no_devices(module)
     if reason:
         return reason
-    indices = range(torch.cuda.device_count()) if device is None else [_index(device)]
-    reasons = [_not_covered(module, index) for index in indices]
+    if device is not None:
+        return _not_covered(module, _index(device)) or _refusal(module, _index(device))
+    # Who only asks gets no context on every device: the driver itself is asked where there is a parameter.
+    reasons = [_not_covered(module, index) for index in range(torch.cuda.device_count())]
     return "" if "" in reasons else "; ".join(reasons)
 
 
@@ -43,10 +45,16 @@ def step(part: Part, grad_scale: Tensor | None, found_inf: Tensor | None) -> Non
     """Advances the part's parameters by one step, on the device's current stream, without waiting for it.
 
     Raises:
-        RuntimeError: A CUDA call failed; the message names it, or the kernel and its launch configuration.
+        RuntimeError: A CUDA call failed; the message names it, or the kernel and its launch configuration. Or the
+            step is captured, and the one before it failed in making the table.
     """
     with _current(part.device):
         if part.stepper is None:
+            if _is_capturing(part.device):
+                raise RuntimeError(
+                    "this step cannot be captured in a CUDA graph: the step before it failed, and its table is not on "
+                    f"{part.device}; run a step before the capture"
+                )
             part.stepper = Stepper(part)
         part.stepper.step(part, grad_scale, found_inf)
 
@@ -58,7 +66,7 @@ class Stepper:
         module = native()
         assert module is not None
         self.module = module
-        self.allocated_on = _stream(part.device)
+        stream = _stream(part.device)
         fixed_bytes, self.moving_bytes = module.Stepper.sizes(part.native)
         self.fixed = torch.empty(fixed_bytes, dtype=torch.uint8, device=part.device)
         self.moving = torch.empty(self.moving_bytes, dtype=torch.uint8, device=part.device)
@@ -69,16 +77,19 @@ class Stepper:
             fixed=self.fixed.data_ptr(),
             moving=self.moving.data_ptr(),
             pinned=pinned.data_ptr(),
-            stream=self.allocated_on,
+            stream=stream,
             owners=(self.fixed, self.moving, pinned),
         )
+        self.used_on = {stream}
 
     def step(self, part: Part, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         stream = _stream(part.device)
-        if stream != self.allocated_on:
-            # Freed, the memory must not be given away while this stream still reads it.
+        if stream not in self.used_on:
+            # Freed, the memory must not be given away while this stream still reads it. Told once, the allocator
+            # remembers the stream as long as the memory is ours.
             _used_on_current_stream(self.fixed)
             _used_on_current_stream(self.moving)
+            self.used_on.add(stream)
         arguments = (part.native, _address(grad_scale), _address(found_inf), stream)
         if not _is_capturing(part.device):
             self.native.step(*arguments)
@@ -95,13 +106,13 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
     """Whether a build for some architectures ("8.0 9.0a 12.0+PTX") has code for a device of a compute capability."""
     for entry in architectures.split():
         number, _, ptx = entry.partition("+")
-        specific = number[-1:].isalpha()
         major, minor = map(int, number.rstrip("af").split("."))
         if (major, minor) == capability:
             return True
-        # Machine code serves later devices of its generation, PTX all later ones; neither does what was made for the
-        # features of one architecture.
-        if not specific and (major, minor) < capability and (major == capability[0] or ptx == "PTX"):
+        # Machine code serves later devices of its generation, PTX all later ones. What was made for the features of a
+        # family ("10.0f") serves that generation in either form, and of one architecture ("9.0a") that one alone.
+        further = not number.endswith("a") and (major == capability[0] or (ptx == "PTX" and not number.endswith("f")))
+        if further and (major, minor) < capability:
             return True
     return False
 
@@ -125,9 +136,24 @@ def _not_covered(module: ModuleType, index: int) -> str:
     number = ".".join(map(str, capability))
     return (
         f"{torch.cuda.get_device_name(index)} has compute capability {number}, and this build is for "
-        f"{module.architectures}; rebuild it with TORCH_CUDA_ARCH_LIST={number} pip install --force-reinstall "
-        "--no-deps --no-binary lookahead_fused lookahead_fused"
+        f"{module.architectures}; rebuild it, in its source tree, with TORCH_CUDA_ARCH_LIST={number} pip install "
+        "--force-reinstall --no-deps ."
     )
+
+
+def _refusal(module: ModuleType, index: int) -> str:
+    """Why the driver does not take the kernels, or ""; it has the last word on what it can run."""
+    try:
+        _load_kernels(module, index)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@functools.cache
+def _load_kernels(module: ModuleType, index: int) -> None:
+    # A failure is not cached: memory may have been short.
+    module.load_kernels(index)
 
 
 def _address(tensor: Tensor | None) -> int:

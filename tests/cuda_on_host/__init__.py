@@ -66,10 +66,8 @@ def _compile(sources: list[Path], options: tuple[str, ...], module: Path) -> Non
     import pybind11
 
     unit = module.with_name("all.cpp")
-    bindings = ("cuda_module.cpp", "table_binding.cpp", "tensor_reader.cpp", "watch.cpp")
-    chosen = [
-        path for path in sources if path.suffix == ".cu" or path.name in (*bindings, "stepper.cpp", "cuda_on_host.cpp")
-    ]
+    other_module = "cpu_module.cpp"
+    chosen = [path for path in sources if path.suffix in (".cu", ".cpp") and path.name != other_module]
     unit.write_text("".join(f'#include "{path}"\n' for path in chosen))
     includes = [pybind11.get_include(), sysconfig.get_path("include"), str(ROOT / "csrc"), str(HERE)]
     defines = [
@@ -101,10 +99,10 @@ def load() -> ModuleType:
 
 @functools.cache
 def control() -> ctypes.CDLL:
-    """The stand-in's own functions; see the end of `cuda_on_host.cpp`."""
+    """The stand-in's own functions: all that is marked CONTROL."""
     library = ctypes.CDLL(load().__file__)
     library.control_calls.restype = ctypes.c_char_p
-    for name in ("live", "read", "written", "elsewhere"):
+    for name in ("live", "read", "written", "elsewhere", "sectors"):
         getattr(library, f"control_{name}").restype = ctypes.c_int64
     for name in ("make_stream", "end_capture"):
         getattr(library, f"control_{name}").restype = ctypes.c_void_p

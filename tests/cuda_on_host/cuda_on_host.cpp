@@ -1,24 +1,20 @@
+// The runtime's functions, on the host: streams, events, captures, errors. Kernels run in blocks.cpp.
 #include "cuda_on_host.h"
 
-#include <ucontext.h>
-
 #include <algorithm>
-#include <memory>
-#include <mutex>
-#include <numeric>
-#include <random>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "blocks.h"
+#include "control.h"
 #include "cpu/floating_point.h"
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "traffic.h"
 
 using Operation = std::function<cudaError_t()>;
 
 struct StandInStream {
+    int device = 0;
     std::vector<Operation> pending;
     StandInGraph* capturing = nullptr;
 };
@@ -37,11 +33,6 @@ struct StandInGraph {
 
 namespace {
 
-struct Range {
-    uintptr_t begin, end;
-    int64_t read, written;
-};
-
 // All that the tests set and ask, in one place.
 struct Control {
     std::string calls;     // names, one line each
@@ -52,8 +43,6 @@ struct Control {
     bool late = false;     // operations wait on their stream
     bool idle = false;     // kernels do nothing
     int device = 0;
-    std::vector<Range> watched;
-    int64_t elsewhere = 0;  // accesses outside of what is watched
     std::vector<std::pair<uintptr_t, uintptr_t>> pinned;
     std::vector<cudaStream_t> streams;
     int capturing = 0;
@@ -78,7 +67,11 @@ StandInStream& real(cudaStream_t stream) {
     return stream == nullptr ? default_stream : *stream;
 }
 
+// The default stream is every device's own.
+bool is_of_another_device(cudaStream_t stream) { return stream != nullptr && stream->device != control.device; }
+
 cudaError_t submit(cudaStream_t handle, Operation operation) {
+    if (is_of_another_device(handle)) return cudaErrorInvalidResourceHandle;
     StandInStream& stream = real(handle);
     if (stream.capturing != nullptr) {
         stream.capturing->operations.push_back(std::move(operation));
@@ -102,108 +95,14 @@ cudaError_t drain(StandInStream& stream) {
 
 bool may_wait() { return control.capturing == 0 || control.mode == cudaStreamCaptureModeRelaxed; }
 
-// ---- a block: a fiber for each thread --------------------------------------------------------------------------
-
-constexpr size_t STACK_BYTES = 64 << 10;
-
-struct Fiber {
-    ucontext_t context;
-    std::vector<char> stack = std::vector<char>(STACK_BYTES);
-    void* fake_stack = nullptr;  // AddressSanitizer's
-    bool finished = false, at_barrier = false;
-};
-
-struct Block {
-    ucontext_t scheduler;
-    void* fake_stack = nullptr;
-    const void* stack_bottom = nullptr;
-    size_t stack_bytes = 0;
-    Fiber* current = nullptr;
-    const std::function<void()>* thread = nullptr;
-} block;
-
-void leave_fiber() {
-    Fiber* const fiber = block.current;
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(fiber->finished ? nullptr : &fiber->fake_stack, block.stack_bottom,
-                                   block.stack_bytes);
-#endif
-    swapcontext(&fiber->context, &block.scheduler);
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(fiber->fake_stack, nullptr, nullptr);
-#endif
-}
-
-void run_fiber() {
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(nullptr, &block.stack_bottom, &block.stack_bytes);
-#endif
-    (*block.thread)();
-    block.current->finished = true;
-    leave_fiber();
-}
-
-void enter_fiber(Fiber& fiber) {
-    block.current = &fiber;
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(&block.fake_stack, fiber.stack.data(), fiber.stack.size());
-#endif
-    swapcontext(&block.scheduler, &fiber.context);
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(block.fake_stack, nullptr, nullptr);
-#endif
-}
-
-void run_block(const std::vector<unsigned>& order) {
-    static std::vector<std::unique_ptr<Fiber>> fibers;
-    while (fibers.size() < order.size()) fibers.push_back(std::make_unique<Fiber>());
-    for (size_t i = 0; i < order.size(); ++i) {
-        Fiber& fiber = *fibers[i];
-        fiber.finished = fiber.at_barrier = false;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, run_fiber, 0);
-    }
-    for (;;) {
-        size_t finished = 0, waiting = 0;
-        for (const unsigned i : order) {
-            Fiber& fiber = *fibers[i];
-            fiber.at_barrier = false;
-            if (!fiber.finished) {
-                threadIdx.x = i;
-                enter_fiber(fiber);
-            }
-            finished += fiber.finished;
-            waiting += fiber.at_barrier;
-        }
-        if (waiting == 0) return;
-        // Some threads wait for others that have left.
-        if (finished > 0) {
-            control.fault = cudaErrorLaunchFailure;
-            return;
-        }
-    }
-}
-
-std::vector<unsigned> shuffled(unsigned count, unsigned seed) {
-    std::vector<unsigned> order(count);
-    std::iota(order.begin(), order.end(), 0u);
-    if (seed != 0) std::shuffle(order.begin(), order.end(), std::mt19937(seed));
-    return order;
-}
-
 }  // namespace
-
-void __syncthreads() {
-    block.current->at_barrier = true;
-    leave_fiber();
-}
 
 namespace stand_in {
 
-cudaError_t load_kernel() { return enter("cudaFuncGetAttributes"); }
+cudaError_t load_kernel() {
+    ENTER("cudaFuncGetAttributes");
+    return may_wait() ? cudaSuccess : cudaErrorStreamCaptureUnsupported;
+}
 
 cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> thread) {
     ENTER("cudaLaunchKernelEx");
@@ -213,27 +112,17 @@ cudaError_t launch(const cudaLaunchConfig_t& config, std::function<void()> threa
         if (control.idle) return cudaSuccess;
         const lookahead_fused::DefaultFloatingPoint defaults;
         control.fault = cudaSuccess;
-        block.thread = &thread;
-        for (const unsigned b : shuffled(blocks, control.order)) {
-            blockIdx.x = b;
-            run_block(shuffled(threads, control.order == 0 ? 0 : control.order + b));
-            if (control.fault != cudaSuccess) break;
-        }
+        const bool finished = run_blocks(blocks, threads, thread, control.order, [] {
+            end_block_of_traffic();
+            return control.fault == cudaSuccess;
+        });
+        if (!finished) control.fault = cudaErrorLaunchFailure;
         return control.fault;
     });
 }
 
 void access(const void* pointer, size_t bytes, bool write) {
-    const auto address = reinterpret_cast<uintptr_t>(pointer);
-    if (address % bytes != 0) control.fault = cudaErrorMisalignedAddress;
-    if (control.watched.empty()) return;
-    for (Range& range : control.watched) {
-        if (address >= range.begin && address + bytes <= range.end) {
-            (write ? range.written : range.read) += static_cast<int64_t>(bytes);
-            return;
-        }
-    }
-    ++control.elsewhere;
+    if (!note_access(reinterpret_cast<uintptr_t>(pointer), bytes, write)) control.fault = cudaErrorMisalignedAddress;
 }
 
 }  // namespace stand_in
@@ -241,15 +130,17 @@ void access(const void* pointer, size_t bytes, bool write) {
 // ---- the runtime -----------------------------------------------------------------------------------------------
 
 const char* cudaGetErrorString(cudaError_t error) {
-    return error == cudaErrorMemoryAllocation    ? "out of memory"
-           : error == cudaErrorMisalignedAddress ? "misaligned address"
-                                                 : "another error";
+    return error == cudaErrorMemoryAllocation        ? "out of memory"
+           : error == cudaErrorMisalignedAddress     ? "misaligned address"
+           : error == cudaErrorInvalidResourceHandle ? "invalid resource handle"
+                                                     : "another error";
 }
 
 const char* cudaGetErrorName(cudaError_t error) {
     return error == cudaErrorMemoryAllocation           ? "cudaErrorMemoryAllocation"
            : error == cudaErrorMisalignedAddress        ? "cudaErrorMisalignedAddress"
            : error == cudaErrorStreamCaptureUnsupported ? "cudaErrorStreamCaptureUnsupported"
+           : error == cudaErrorInvalidResourceHandle    ? "cudaErrorInvalidResourceHandle"
            : error == cudaErrorLaunchFailure            ? "cudaErrorLaunchFailure"
                                                         : "cudaErrorInvalidValue";
 }
@@ -285,8 +176,8 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
             });
         }
     }
-    // Out of pageable memory: read now, and forbidden where it would have to be read again.
-    if (real(stream).capturing != nullptr) return cudaErrorStreamCaptureUnsupported;
+    // Out of pageable memory: read now, and forbidden where it would have to be read again, or waited for.
+    if (real(stream).capturing != nullptr || !may_wait()) return cudaErrorStreamCaptureUnsupported;
     const std::vector<char> staged(static_cast<const char*>(from), static_cast<const char*>(from) + bytes);
     return submit(stream, [=] {
         if (bytes > 0) std::memcpy(to, staged.data(), bytes);
@@ -366,8 +257,6 @@ cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object
 
 // ---- what the tests call, by ctypes ----------------------------------------------------------------------------
 
-#define CONTROL extern "C" __attribute__((visibility("default")))
-
 CONTROL void control_reset() {
     control.calls.clear();
     control.count = 0;
@@ -375,8 +264,7 @@ CONTROL void control_reset() {
     control.order = 0;
     control.late = control.idle = false;
     control.device = 0;
-    control.watched.clear();
-    control.elsewhere = 0;
+    forget_traffic();
 }
 CONTROL const char* control_calls() { return control.calls.c_str(); }
 CONTROL int64_t control_live() { return control.live; }
@@ -386,19 +274,17 @@ CONTROL void control_late(bool late) { control.late = late; }
 CONTROL void control_idle(bool idle) { control.idle = idle; }
 CONTROL int control_device() { return control.device; }
 CONTROL void control_set_device(int device) { control.device = device; }
-CONTROL void control_watch(uintptr_t address, int64_t bytes) {
-    control.watched.push_back({address, address + bytes, 0, 0});
-}
-CONTROL int64_t control_read(int range) { return control.watched.at(range).read; }
-CONTROL int64_t control_written(int range) { return control.watched.at(range).written; }
-CONTROL int64_t control_elsewhere() { return control.elsewhere; }
 CONTROL void control_pinned(uintptr_t address, int64_t bytes) { control.pinned.emplace_back(address, address + bytes); }
 CONTROL void control_unpinned(uintptr_t address) {
     auto& pinned = control.pinned;
     pinned.erase(std::remove_if(pinned.begin(), pinned.end(), [=](const auto& p) { return p.first == address; }),
                  pinned.end());
 }
-CONTROL StandInStream* control_make_stream() { return new StandInStream; }
+CONTROL StandInStream* control_make_stream(int device) {
+    auto* const stream = new StandInStream;
+    stream->device = device;
+    return stream;
+}
 CONTROL void control_destroy_stream(StandInStream* stream) { delete stream; }
 CONTROL int control_drain(StandInStream* stream) { return drain(real(stream)); }
 CONTROL void control_begin_capture(StandInStream* stream) {

@@ -1,0 +1,94 @@
+"""The source tree to build from, and what builds it: made once, for one worker."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from wheels import ROOT, SMALL_MODULE, Result, environment, run, wheel_of
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tmp_path_factory.mktemp("packaging")
+
+
+@pytest.fixture(scope="module")
+def tree(base):
+    """A copy of what a clean clone holds."""
+    left_out = (
+        ".git",
+        ".venv",
+        "build",
+        "dist",
+        "*.egg-info",
+        "__pycache__",
+        ".*_cache",
+        ".hypothesis",
+        "*.so",
+    )
+    ignore = shutil.ignore_patterns(*left_out, "_build_info.json")
+    return shutil.copytree(ROOT, base / "source-tree", ignore=ignore)
+
+
+@pytest.fixture(scope="module")
+def toolchain(base, tree):
+    """The Python of an environment with the build requirements and nothing else, torch least of all."""
+    run([sys.executable, "-m", "venv", base / "toolchain"])
+    python = next(path for path in base.glob("toolchain/*/python*") if path.name in ("python", "python.exe"))
+    build = pytest.importorskip("build", reason="the build frontend is in the extra 'test'")
+    requirements = sorted(build.ProjectBuilder(tree).build_system_requires)
+    installed = run([python, "-m", "pip", "install", *requirements])
+    assert installed.returncode == 0, installed.stdout
+    return python
+
+
+@pytest.fixture(scope="module")
+def unpacked(base, tree, toolchain):
+    """The source distribution of the tree, unpacked."""
+    sdist = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
+    done = run([toolchain, "-c", sdist], cwd=tree, env=environment())
+    assert done.returncode == 0, done.stdout
+    (archive,) = tree.glob("dist/*.tar.gz")
+    shutil.unpack_archive(archive, base / "sdist")
+    (directory,) = (base / "sdist").iterdir()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def built(toolchain, unpacked):
+    """The wheel of the source distribution, built in isolation; its build directory stays."""
+    result = wheel_of(unpacked, [toolchain, "-m", "pip", "wheel", "-v"])
+    assert result.returncode == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def pip_wheel(toolchain):
+    """Builds the wheel of a source tree under the given environment variables, without isolation."""
+
+    def pip_wheel(source: Path, **changes: str) -> Result:
+        command = [toolchain, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-index"]
+        return wheel_of(source, command, **changes)
+
+    return pip_wheel
+
+
+@pytest.fixture
+def copy(tree, tmp_path):
+    """A tree to break or to build, whose _cpu compiles in a moment: what it does is no matter here."""
+    copy = shutil.copytree(tree, tmp_path / "tree", ignore=shutil.ignore_patterns("dist", "*.egg-info"))
+    for directory in ("cpu", "python"):
+        shutil.rmtree(copy / "csrc" / directory)
+        (copy / "csrc" / directory).mkdir()
+    (copy / "csrc/python/cpu_module.cpp").write_text(SMALL_MODULE)
+    return copy
+
+
+@pytest.fixture
+def no_compiler(tmp_path):
+    """A PATH without any program."""
+    (tmp_path / "empty").mkdir()
+    return {"PATH": str(tmp_path / "empty")}

@@ -1,0 +1,72 @@
+"""Builds wheels of copies of the source tree, in an environment of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPILERS = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
+READ_BY_THE_BUILD = (
+    *("CC", "CXX", "CXXFLAGS", "LDFLAGS", "LOOKAHEAD_FUSED_CPU", "MAX_JOBS"),
+    *("CUDA_HOME", "CUDA_PATH", "FORCE_CUDA", "LOOKAHEAD_FUSED_CUDA", "TORCH_CUDA_ARCH_LIST"),
+    "LOOKAHEAD_FUSED_LOCAL_VERSION",
+)
+
+SMALL_MODULE = """
+#include <Python.h>
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu"};
+PyMODINIT_FUNC PyInit__cpu() { return PyModule_Create(&definition); }
+"""
+
+needs_compiler = pytest.mark.skipif(not COMPILERS, reason="builds the module, and no C++ compiler is on PATH")
+
+
+class Result(NamedTuple):
+    """A finished pip command: what it printed, and the wheel if it made one."""
+
+    returncode: int
+    output: str
+    wheel: Path | None
+
+    def build_info(self) -> dict:
+        with zipfile.ZipFile(self.wheel) as wheel:
+            return json.loads(wheel.read("lookahead_fused/_build_info.json"))
+
+
+def environment(**changes: str) -> dict[str, str]:
+    env = {name: value for name, value in os.environ.items() if name not in READ_BY_THE_BUILD}
+    # _cuda has tests of its own, and takes longer to build than all that is built here.
+    return env | {"LOOKAHEAD_FUSED_CUDA": "0"} | changes
+
+
+def run(command: list, **options) -> subprocess.CompletedProcess[str]:
+    command = [str(word) for word in command]
+    return subprocess.run(
+        command,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+        check=False,
+        **options,
+    )
+
+
+def native_modules(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return [name for name in archive.namelist() if name.endswith((".so", ".dylib", ".pyd"))]
+
+
+def wheel_of(source: Path, command: list, **changes: str) -> Result:
+    dist = source.parent / f"{source.name}-dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    done = run([*command, "--no-deps", "--wheel-dir", dist, source], env=environment(**changes))
+    return Result(done.returncode, done.stdout, next(dist.glob("*.whl"), None))

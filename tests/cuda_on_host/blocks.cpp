@@ -1,0 +1,144 @@
+#include "blocks.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "cuda_on_host.h"
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace {
+
+constexpr size_t STACK_BYTES = 64 << 10;
+constexpr size_t WARP = 32;
+
+enum class State { READY, AT_BLOCK_BARRIER, AT_WARP_BARRIER, FINISHED };
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(STACK_BYTES);
+    void* fake_stack = nullptr;  // AddressSanitizer's
+    State state = State::READY;
+    // What this lane gave its neighbour, last and before that: nobody is two exchanges ahead.
+    uint2 given[2];
+    unsigned exchanges = 0;
+};
+
+struct Block {
+    ucontext_t scheduler;
+    void* fake_stack = nullptr;
+    const void* stack_bottom = nullptr;
+    size_t stack_bytes = 0;
+    std::vector<std::unique_ptr<Fiber>> fibers;
+    Fiber* current = nullptr;
+    const std::function<void()>* thread = nullptr;
+} block;
+
+void leave_fiber(State state) {
+    Fiber* const fiber = block.current;
+    fiber->state = state;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(state == State::FINISHED ? nullptr : &fiber->fake_stack, block.stack_bottom,
+                                   block.stack_bytes);
+#endif
+    swapcontext(&fiber->context, &block.scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fiber->fake_stack, nullptr, nullptr);
+#endif
+}
+
+void run_fiber() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &block.stack_bottom, &block.stack_bytes);
+#endif
+    (*block.thread)();
+    leave_fiber(State::FINISHED);
+}
+
+void enter_fiber(Fiber& fiber) {
+    block.current = &fiber;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&block.fake_stack, fiber.stack.data(), fiber.stack.size());
+#endif
+    swapcontext(&block.scheduler, &fiber.context);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(block.fake_stack, nullptr, nullptr);
+#endif
+}
+
+// Lets those from `begin` to `end` go on where they all wait at one barrier.
+bool release(size_t begin, size_t end, State barrier) {
+    const auto first = block.fibers.begin() + begin, last = block.fibers.begin() + end;
+    if (!std::all_of(first, last, [=](const auto& fiber) { return fiber->state == barrier; })) return false;
+    std::for_each(first, last, [](const auto& fiber) { fiber->state = State::READY; });
+    return true;
+}
+
+bool run_block(const std::vector<unsigned>& order) {
+    const size_t threads = order.size();
+    while (block.fibers.size() < threads) block.fibers.push_back(std::make_unique<Fiber>());
+    for (size_t i = 0; i < threads; ++i) {
+        Fiber& fiber = *block.fibers[i];
+        fiber.state = State::READY;
+        fiber.exchanges = 0;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, run_fiber, 0);
+    }
+    for (;;) {
+        size_t finished = 0;
+        for (const unsigned i : order) {
+            Fiber& fiber = *block.fibers[i];
+            if (fiber.state == State::READY) {
+                threadIdx.x = i;
+                enter_fiber(fiber);
+            }
+            finished += fiber.state == State::FINISHED;
+        }
+        if (finished == threads) return true;
+        bool released = release(0, threads, State::AT_BLOCK_BARRIER);
+        for (size_t lane = 0; lane < threads; lane += WARP) {
+            released |= release(lane, std::min(lane + WARP, threads), State::AT_WARP_BARRIER);
+        }
+        if (!released) return false;
+    }
+}
+
+std::vector<unsigned> shuffled(unsigned count, unsigned seed) {
+    std::vector<unsigned> order(count);
+    std::iota(order.begin(), order.end(), 0u);
+    if (seed != 0) std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+    return order;
+}
+
+}  // namespace
+
+bool run_blocks(unsigned blocks, unsigned threads, const std::function<void()>& thread, unsigned order,
+                const std::function<bool()>& after_block) {
+    block.thread = &thread;
+    for (const unsigned b : shuffled(blocks, order)) {
+        blockIdx.x = b;
+        if (!run_block(shuffled(threads, order == 0 ? 0 : order + b))) return false;
+        if (!after_block()) break;
+    }
+    return true;
+}
+
+void __syncthreads() { leave_fiber(State::AT_BLOCK_BARRIER); }
+
+uint2 from_neighbour(uint2 given) {
+    Fiber& fiber = *block.current;
+    const unsigned turn = fiber.exchanges++ % 2;
+    const unsigned neighbour = threadIdx.x ^ 1;
+    fiber.given[turn] = given;
+    leave_fiber(State::AT_WARP_BARRIER);
+    return block.fibers[neighbour]->given[turn];
+}

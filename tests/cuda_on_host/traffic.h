@@ -1,0 +1,14 @@
+// What kernels read and write of global memory: bytes of each watched array, and 32-byte sectors of each warp's
+// accesses.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+// False where the hardware would refuse the address.
+bool note_access(uintptr_t address, size_t bytes, bool write);
+
+// All threads of a block have run: their accesses are put together to what a warp asked for at once.
+void end_block_of_traffic();
+
+void forget_traffic();

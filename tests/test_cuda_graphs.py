@@ -1,0 +1,185 @@
+"""Steps of the CUDA backend in captured graphs, on the host."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from cuda_host import HOST, RULES, set_grads
+from cuda_on_host import Torch, calls
+from helpers import make_grads, make_optimizer, make_params, seeded
+
+pytestmark = pytest.mark.usefixtures("runtime")
+
+
+class Capture:
+    """A stream that is captured, and the graph that comes of it."""
+
+    def __init__(self, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.library = library
+        self.stream = library.control_make_stream(0)
+        self.graph = None
+        table: Any = sys.modules["lookahead_fused.table"]
+        monkeypatch.setattr(table, "_is_capturing", Torch.is_capturing)
+
+    def __enter__(self) -> Capture:
+        Torch.stream = self.stream
+        self.library.control_begin_capture(ctypes.c_void_p(self.stream))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.graph = self.library.control_end_capture(ctypes.c_void_p(self.stream))
+        Torch.stream = 0
+
+    def replay(self) -> None:
+        assert self.library.control_replay(ctypes.c_void_p(self.graph)) == 0
+
+    def destroy(self) -> None:
+        self.library.control_destroy_graph(ctypes.c_void_p(self.graph))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_twelve_replays_are_twelve_steps(runtime: ctypes.CDLL, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager steps on other gradients, with another lr, in between: a replay still has its own."""
+    lr = torch.tensor(0.1)
+    results = []
+    for captured in (False, True):
+        lr.fill_(0.1)
+        params = make_params([(5,), (300,)])
+        optimizer = make_optimizer(rule, params, HOST, **{**RULES[rule], "lr": lr})
+        set_grads(params, seeded(0))
+        optimizer.step()
+        static = make_grads(params, generator=seeded(1))
+        capture = Capture(runtime, monkeypatch)
+        keep = []
+
+        def step(static: list = static, params: list = params, optimizer: Any = optimizer, keep: list = keep) -> None:
+            for p, g in zip(params, static, strict=True):
+                p.grad = g
+            keep.append(optimizer)
+            optimizer.step()
+
+        if captured:
+            # What torch makes in a capture, the graph owns: here it only has to stay.
+            monkeypatch.setattr(torch, "empty", keeping(torch.empty, keep))
+            with capture:
+                step()
+            monkeypatch.undo()
+        for t in range(12):
+            for g, value in zip(static, make_grads(params, generator=seeded(10 + t)), strict=True):
+                g.copy_(value)
+            lr.fill_(0.1 / (t + 1))
+            capture.replay() if captured else step()
+            if t % 5 == 4:
+                set_grads(params, seeded(100 + t))
+                optimizer.step()
+        results.append([p.detach().clone() for p in params])
+        assert all(optimizer.state[p]["step"] == 15 for p in params)
+        if captured:
+            live = runtime.control_live()
+            capture.destroy()
+            assert runtime.control_live() == live - 1
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def keeping(make: Any, keep: list) -> Any:
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        keep.append(make(*args, **kwargs))
+        return keep[-1]
+
+    return kept
+
+
+def test_a_graph_keeps_what_it_reads(runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replayed after the optimizer is gone, it writes where the tensors were, which nobody else got meanwhile."""
+    params = make_params([(64,)])
+    optimizer = make_optimizer("adamw", params, HOST, lr=0.1)
+    set_grads(params, seeded(1))
+    optimizer.step()
+    keep: list = []
+    monkeypatch.setattr(torch, "empty", keeping(torch.empty, keep))
+    capture = Capture(runtime, monkeypatch)
+    with capture:
+        optimizer.step()
+    monkeypatch.undo()
+    gc.collect()
+    live = runtime.control_live()
+    (p,) = params
+    del optimizer, params
+    gc.collect()
+    assert runtime.control_live() == live  # the table's events among it
+    before = p.detach().clone()
+    capture.replay()
+    assert not torch.equal(p, before)
+    capture.destroy()
+    other = make_params([(3,)])
+    set_grads(other, seeded(1))
+    make_optimizer("adamw", other, HOST).step()  # lets go of what destroyed graphs held
+    gc.collect()
+    assert runtime.control_live() < live
+
+
+def test_a_capture_without_warm_up_is_refused(runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """State made in a capture would be made anew in each replay. Nothing has changed, and a step outside works."""
+    params = make_params([(5,)])
+    optimizer = make_optimizer("adamw", params, HOST)
+    set_grads(params, seeded(1))
+    with Capture(runtime, monkeypatch), pytest.raises(RuntimeError, match="before the capture"):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 1
+
+
+def test_a_first_step_beside_a_capture(runtime: ctypes.CDLL) -> None:
+    """While another thread captures another stream, a table is made all the same: calls that may wait ask for leave."""
+    stream = runtime.control_make_stream(0)
+    runtime.control_begin_capture(ctypes.c_void_p(stream))
+    params = make_params([(5,)])
+    optimizer = make_optimizer("adamw", params, HOST)
+    for t in range(6):
+        set_grads(params, seeded(t))
+        optimizer.step()
+    runtime.control_destroy_graph(ctypes.c_void_p(runtime.control_end_capture(ctypes.c_void_p(stream))))
+    runtime.control_destroy_stream(ctypes.c_void_p(stream))
+    assert optimizer.state[params[0]]["step"] == 6
+
+
+def test_a_capture_after_a_step_that_failed_is_refused(runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is state, and no table on the device yet: made in the capture, it would be read after it is gone."""
+    params = make_params([(5,)])
+    optimizer = make_optimizer("adamw", params, HOST)
+    set_grads(params, seeded(1))
+    runtime.control_fail_at(ctypes.c_int64(0))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    runtime.control_reset()
+    capture = Capture(runtime, monkeypatch)
+    with capture, pytest.raises(RuntimeError, match="run a step before the capture"):
+        optimizer.step()
+    assert "cudaMemcpyAsync" not in calls()
+    capture.destroy()
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 1
+
+
+def test_a_captured_step_makes_three_nodes(runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = make_params([(5,)] * 1000)
+    optimizer = make_optimizer("adamw", params, HOST)
+    set_grads(params, seeded(1))
+    optimizer.step()
+    runtime.control_reset()
+    keep: list = []
+    monkeypatch.setattr(torch, "empty", keeping(torch.empty, keep))
+    capture = Capture(runtime, monkeypatch)
+    with capture:
+        optimizer.step()
+    made = Counter(calls())
+    assert (made["cudaLaunchKernelEx"], made["cudaMemcpyAsync"]) == (2, 1)
+    capture.destroy()

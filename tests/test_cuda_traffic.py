@@ -1,0 +1,128 @@
+"""The memory traffic of the CUDA kernels, counted on the host: each array once, and in whole sectors."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import pytest
+import torch
+from cuda_host import HOST, RULES, set_grads
+from helpers import Lockstep, can_set_grad_dtype, make_grads, make_optimizer, seeded, set_grad
+
+pytestmark = pytest.mark.usefixtures("runtime")
+
+dtypes = pytest.mark.parametrize(
+    ("dtype", "grad_dtype", "master"),
+    [
+        (torch.float32, torch.float32, False),
+        (torch.float64, torch.float64, False),
+        (torch.bfloat16, torch.bfloat16, False),
+        (torch.bfloat16, torch.bfloat16, True),
+        (torch.bfloat16, torch.float32, False),
+        (torch.float16, torch.float16, False),
+        (torch.float16, torch.float32, True),
+    ],
+)
+
+
+def watch(library: ctypes.CDLL, *tensors: torch.Tensor) -> None:
+    for tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        library.control_watch(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(size))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("numel", [1, 255, 4099, 40_000])
+@dtypes
+@pytest.mark.parametrize("rule", RULES)
+def test_each_array_is_read_and_written_once(
+    runtime: ctypes.CDLL, rule: str, dtype: torch.dtype, grad_dtype: torch.dtype, master: bool, numel: int, offset: int
+) -> None:
+    """28 bytes for each fp32 parameter of AdamW, 36 in a sync; phi and what hangs on it in a sync alone."""
+    if grad_dtype != dtype and not can_set_grad_dtype():
+        pytest.skip("this torch keeps no gradient in another dtype than the parameter's")
+    p = torch.nn.Parameter(torch.randn(numel + offset).to(dtype)[offset:])
+    optimizer = make_optimizer(rule, [p], HOST, **RULES[rule], **({"master_weights": True} if master else {}))
+    for t in range(1, 7):
+        set_grads([p], seeded(t), grad_dtype)
+        state = optimizer.state.get(p, {})
+        runtime.control_reset()
+        once = [
+            name
+            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "master_param")
+            if name in state
+        ]
+        at_sync = [name for name in ("slow_param", "slow_momentum") if name in state]
+        watch(runtime, p, p.grad, *(state[name] for name in (*once, *at_sync)))
+        optimizer.step()
+        if t == 1:
+            continue
+        traffic = [
+            (runtime.control_read(i) / x.nbytes, runtime.control_written(i) / x.nbytes)
+            for i, x in enumerate([p, p.grad, *(state[name] for name in (*once, *at_sync))])
+        ]
+        due = t % 3 == 0
+        assert traffic[0] == ((0, 1) if master else (1, 1))
+        assert traffic[1] == (1, 0)
+        for name, got in zip((*once, *at_sync), traffic[2:], strict=True):
+            assert got == ((1, 1) if name in once or due else (0, 0)), name
+        assert runtime.control_elsewhere() == 0
+        if rule == "adamw" and dtype == torch.float32:
+            total = sum(runtime.control_read(i) + runtime.control_written(i) for i in range(len(traffic)))
+            assert total == numel * (36 if due else 28)
+
+
+@dtypes
+@pytest.mark.parametrize("rule", RULES)
+def test_a_warp_asks_for_whole_sectors(
+    runtime: ctypes.CDLL, rule: str, dtype: torch.dtype, grad_dtype: torch.dtype, master: bool
+) -> None:
+    """Memory moves in sectors of 32 bytes: no access of a warp takes a part of one and comes back for the rest."""
+    if grad_dtype != dtype and not can_set_grad_dtype():
+        pytest.skip("this torch keeps no gradient in another dtype than the parameter's")
+    p = torch.nn.Parameter(aligned(torch.randn(3 * 2048 + 256).to(dtype), 64))
+    optimizer = make_optimizer(rule, [p], HOST, **RULES[rule], **({"master_weights": True} if master else {}))
+    for t in range(1, 7):
+        for tensor in (x for x in optimizer.state.get(p, {}).values() if x.dim() > 0):
+            tensor.data = aligned(tensor.data, 64)
+        (gradient,) = make_grads([p], generator=seeded(t), dtype=grad_dtype)
+        set_grad(p, aligned(gradient, 64))
+        runtime.control_reset()
+        arrays = [p, p.grad, *(x for x in optimizer.state.get(p, {}).values() if x.dim() > 0)]
+        watch(runtime, *arrays)
+        optimizer.step()
+        moved = sum(runtime.control_read(i) + runtime.control_written(i) for i in range(len(arrays)))
+        if t > 1:
+            assert moved > 0
+            assert runtime.control_elsewhere() == 0
+            assert runtime.control_sectors() * 32 == moved
+
+
+def aligned(tensor: torch.Tensor, alignment: int) -> torch.Tensor:
+    """A copy that starts at a multiple of so many bytes, as all of a GPU's allocations do."""
+    size = tensor.element_size()
+    room = torch.empty(tensor.numel() + alignment // size, dtype=tensor.dtype)
+    copy = room[-room.data_ptr() % alignment // size :][: tensor.numel()]
+    return copy.copy_(tensor)
+
+
+def test_the_table_is_a_small_part_of_the_traffic() -> None:
+    """What a block reads of the table, against the chunk it updates."""
+    from lookahead_fused import table
+
+    row, chunk, step = 88, 16, 128
+    assert (row + chunk + step) / (28 * table.chunk_elements) < 0.01
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_order_of_blocks_and_threads_does_not_matter(
+    runtime: ctypes.CDLL, rule: str, dtype: torch.dtype, order: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["lookahead_fused.table"], "chunk_elements", 64)
+    pair = Lockstep(HOST, rule, ([(300,), (7, 9), (), (0,), (1025,)], {}), dtype=dtype, **RULES[rule])
+    for t in range(4):
+        runtime.control_order(order + 10 * t)
+        pair.step()
