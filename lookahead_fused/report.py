@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from . import build
-from .backends import backends
+from .backends import backends, triton
 from .optimizers import LookaheadAdamW
 
 Section = tuple[str, list[tuple[str, str]]]
@@ -58,6 +58,7 @@ def _versions() -> tuple[list[tuple[str, str]], bool]:
     return [
         ("lookahead_fused", build.version()),
         ("torch", f"{torch.__version__} (CUDA {torch.version.cuda}, HIP {getattr(torch.version, 'hip', None)})"),
+        ("triton", triton.version()),
         ("python", sys.version.replace("\n", " ")),
         ("platform", platform.platform()),
     ], True
@@ -107,7 +108,9 @@ def _self_test() -> tuple[list[tuple[str, str]], bool]:
     for name, status in backends().items():
         if not status.available or name == "reference":
             continue
-        device = torch.device("cpu" if name == "cpu" else "cuda")
+        device = torch.device("cpu")
+        if name != "cpu":
+            device = torch.accelerator.current_accelerator() or device
         same = torch.equal(_weights_after_steps(name, device).cpu(), expected)
         lines.append((name, "the reference's bits" if same else "differs from the reference"))
         well = well and same

@@ -56,7 +56,7 @@ def opcode(line: str) -> str:
 
 
 def kernels(module: Path) -> list[Kernel]:
-    """Every kernel of every architecture in a module."""
+    """Every kernel of every architecture in a module, or in a cubin."""
     cuobjdump = tool("cuobjdump")
     assert cuobjdump is not None
     usage: dict[tuple[str, str], dict[str, int]] = {}
@@ -78,6 +78,9 @@ def kernels(module: Path) -> list[Kernel]:
         elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?;)", line):
             code.setdefault((architecture, function), []).append(found[1].strip("{} "))
     for (architecture, function), used in usage.items():
+        # A cubin is for one architecture, which is not named with what its kernels use.
+        if not architecture:
+            (architecture,) = (arch for arch, name in code if name == function)
         lines = tuple(code[architecture, function])
         result.append(Kernel(_short(function), architecture, used["REG"], used["STACK"], used.get("LOCAL", 0), lines))
     return result

@@ -5,19 +5,11 @@
 #include "../rules/adam.h"
 #include "../rules/sgd.h"
 #include "../rules/sync.h"
+#include "../table/packed.h"
 #include "device.h"
 
 namespace lookahead_fused {
 namespace {
-
-// Of each array in a buffer: what a 16-byte access wants, and more than any element type asks for.
-constexpr size_t ALIGNMENT = 16;
-
-constexpr size_t padded(size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
-
-size_t row_bytes(const Table& table) { return padded(table.row_count * sizeof(Row)); }
-size_t chunk_bytes(const Table& table) { return padded(table.chunk_count * sizeof(Chunk)); }
-size_t group_bytes(const Table& table) { return padded(table.group_count * sizeof(Group)); }
 
 std::string copied(size_t bytes, const char* what) {
     return "cudaMemcpyAsync of " + std::to_string(bytes) + " bytes (" + what + ") to the device";
@@ -40,8 +32,8 @@ const Kernel* find_kernel(const std::string& rule, Dtype param, Dtype grad) {
 }
 
 Sizes sizes(const Table& table, const Kernel& kernel) {
-    return {row_bytes(table) + chunk_bytes(table) + table.row_count * kernel.step_bytes,
-            group_bytes(table) + table.row_count * sizeof(void*)};
+    const Packed packed(table);
+    return {packed.fixed + table.row_count * kernel.step_bytes, packed.moving};
 }
 
 Stepper::Stepper(const Table& table, const Kernel& kernel, int device, const Memory& memory, cudaStream_t stream)
@@ -51,10 +43,7 @@ Stepper::Stepper(const Table& table, const Kernel& kernel, int device, const Mem
 
     // The room for coefficients too: their padding is copied with them, and would pass for memory never written.
     std::vector<std::byte> fixed(sizes(table, kernel).fixed);
-    if (table.row_count > 0) std::memcpy(fixed.data(), table.rows, table.row_count * sizeof(Row));
-    if (table.chunk_count > 0) {
-        std::memcpy(fixed.data() + row_bytes(table), table.chunks, table.chunk_count * sizeof(Chunk));
-    }
+    pack_fixed(table, fixed.data());
     {
         // Out of memory that is not pinned: the call returns when it has read it, and may wait for that.
         const MayWait allowed;
@@ -62,11 +51,12 @@ Stepper::Stepper(const Table& table, const Kernel& kernel, int device, const Mem
               copied(fixed.size(), "rows and chunks"));
     }
 
+    const Packed packed(table);
     launch_.rows = reinterpret_cast<const Row*>(memory.fixed);
     launch_.row_count = table.row_count;
-    launch_.chunks = reinterpret_cast<const Chunk*>(memory.fixed + row_bytes(table));
+    launch_.chunks = reinterpret_cast<const Chunk*>(memory.fixed + packed.chunks);
     launch_.chunk_count = table.chunk_count;
-    launch_.steps = memory.fixed + row_bytes(table) + chunk_bytes(table);
+    launch_.steps = memory.fixed + packed.fixed;
 
     try {
         for (Slot& slot : slots_) {
@@ -116,14 +106,7 @@ void Stepper::gather(const Table& table) {
     if (table.row_count != launch_.row_count || table.chunk_count != launch_.chunk_count) {
         throw std::logic_error("a stepper was given another table than it was made for");
     }
-    std::memcpy(moving_.data(), table.groups, table.group_count * sizeof(Group));
-    auto* gradients = reinterpret_cast<const void**>(moving_.data() + group_bytes(table));
-    for (int64_t i = 0; i < table.row_count; ++i) {
-        const void* gradient = table.rows[i].column[GRAD];
-        // Where no element of it is read, it says no more than that the row takes part.
-        const bool read = table.rows[i].numel > 0 && kernel_.reads_gradient;
-        gradients[i] = gradient == nullptr || read ? gradient : this;
-    }
+    pack_moving(table, kernel_.reads_gradient, moving_.data());
 }
 
 void Stepper::upload(cudaStream_t stream) {
@@ -154,7 +137,7 @@ void Stepper::upload(cudaStream_t stream) {
 void Stepper::launch(const Table& table, const StepArguments& arguments, const std::byte* moving, cudaStream_t stream) {
     Launch launch = launch_;
     launch.groups = reinterpret_cast<const Group*>(moving);
-    launch.gradients = reinterpret_cast<void* const*>(moving + group_bytes(table));
+    launch.gradients = reinterpret_cast<void* const*>(moving + Packed(table).gradients);
     launch.arguments = arguments;
     if (table.row_count == 0) return;
     const auto row_blocks = static_cast<unsigned>((table.row_count + ROW_THREADS - 1) / ROW_THREADS);

@@ -15,10 +15,10 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, cuda, reference
+from . import cpu, cuda, reference, triton
 
 # In the order in which "auto" prefers them.
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cuda, cpu, reference)}
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cuda, triton, cpu, reference)}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,197 @@
+"""The Triton backend: the step of `triton_kernels.py`, for GPUs that no compiled CUDA module serves.
+
+Two launches a step for any number of tensors, and at most one copy to the device. Nothing is tuned at run time: a rule
+and a pattern of dtypes is compiled once, in the first step that meets it, and kept by Triton on disk.
+
+The table is the compiled CPU module's, which describes tensors of any device. Triton itself is imported when there is a
+parameter for it, or when somebody asks which backends serve.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .. import build
+from ..tensors import compute_dtype
+
+if TYPE_CHECKING:
+    from ..table import Part
+
+NAME = "triton"
+# CUDA is AMD's ROCm too. For the last two there are drivers outside of Triton's own releases.
+DEVICES: tuple[str, ...] = ("cuda", "xpu", "npu", "mtia")
+
+# What captured graphs read, for as long as there is a parameter that they write.
+_captured: Any = WeakIdKeyDictionary()
+
+
+def native() -> ModuleType | None:
+    """The compiled module that keeps this backend's tables, or None."""
+    return build.module("_cpu")
+
+
+def unavailable(device: torch.device | None = None) -> str:
+    if native() is None:
+        # Triton compiles with the system's C compiler as it runs, so who has none is not served without this either.
+        return f"its table is kept by the compiled module _cpu: {build.reason('_cpu')}"
+    present = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if present is None or present.type not in (DEVICES if device is None else (device.type,)):
+        wanted = " or ".join(DEVICES) if device is None else device.type
+        return f"no device of type {wanted} is visible to this torch ({torch.__version__})"
+    return _broken(present.type)
+
+
+def version() -> str:
+    """Triton's version, or why there is none to tell."""
+    try:
+        return str(importlib.import_module("triton").__version__)
+    except Exception as error:
+        return _told(error)
+
+
+def step(part: Part, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    """Advances the part's parameters by one step, on the device's current stream, without waiting for it."""
+    with _current(part.device):
+        if part.stepper is None:
+            part.stepper = Stepper(part)
+        part.stepper.step(part, grad_scale, found_inf)
+
+
+class Stepper:
+    """A part's table on its device, and the room for its rows' coefficients."""
+
+    def __init__(self, part: Part) -> None:
+        self.kernels = kernels()
+        self.allocated_on = _stream(part.device)
+        table = part.native
+        self.packed = table.packed()
+        fixed = torch.zeros(self.packed.fixed, dtype=torch.uint8)
+        table.pack_fixed(fixed.data_ptr())
+        self.fixed = fixed.to(part.device)
+        # What moves: as this step has it, as the device has it, and there.
+        self.staged, self.uploaded = (torch.zeros(self.packed.moving, dtype=torch.uint8) for _ in range(2))
+        self.moving = torch.zeros(self.packed.moving, dtype=torch.uint8, device=part.device)
+        # For a first captured step: memory cannot be pinned while a stream is being captured.
+        self.source: Tensor | None = None
+        self.spare: Tensor | None = _pinned(self.staged)
+        # In place of what a step is not given.
+        self.no_scale = torch.ones((), dtype=torch.float32, device=part.device)
+        self.no_inf = torch.zeros((), dtype=torch.float32, device=part.device)
+
+        self.rule = self.kernels.RULES[part.rule.name]
+        self.dtypes = self.kernels.DTYPES[part.param_dtype], self.kernels.DTYPES[part.grad_dtype]
+        self.row_count, self.chunk_count = table.row_count, table.chunk_count
+        numbers = self.kernels.SYNC.value + self.rule.coefficients
+        self.steps = torch.empty(self.row_count * numbers, dtype=compute_dtype(part.param_dtype), device=part.device)
+        self.warps = self.kernels.THREADS // _warp_size()
+
+    def step(self, part: Part, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        if _stream(part.device) != self.allocated_on:
+            # Freed, the memory must not be given away while this stream still reads it.
+            for tensor in (self.fixed, self.moving, self.steps, self.no_scale, self.no_inf):
+                _used_on_current_stream(tensor)
+        part.native.pack_moving(self.staged.data_ptr())
+        moving = self._capture(part) if _is_capturing(part.device) else self._upload()
+        scale = self.no_scale if grad_scale is None else grad_scale
+        held = self.no_inf if found_inf is None else found_inf
+        if self.row_count:
+            self.kernels.rows[(-(-self.row_count // self.kernels.ROWS.value),)](
+                self.fixed, moving, self.steps, scale, held, self.row_count, self.packed.gradients, self.rule,
+                num_warps=1, enable_fp_fusion=False,
+            )  # fmt: skip
+        if self.chunk_count:
+            self.kernels.chunks[(self.chunk_count,)](
+                self.fixed, moving, self.steps, held, self.packed.chunks, self.packed.gradients, self.rule,
+                *self.dtypes, num_warps=self.warps, enable_fp_fusion=False,
+            )  # fmt: skip
+
+    def _upload(self) -> Tensor:
+        if self.spare is None:
+            self.spare = _pinned(self.staged)
+        if not torch.equal(self.staged, self.uploaded):
+            # A copy of its own, which torch does not give away before the device has read it: the host may run ahead
+            # by any number of steps.
+            self.moving.copy_(_pinned(self.staged), non_blocking=True)
+            self.uploaded.copy_(self.staged)
+        return self.moving
+
+    def _capture(self, part: Part) -> Tensor:
+        """A replay must find what moves as it is now, whatever steps are made meanwhile, and all that the table names.
+
+        What is made here on the device is from the graph's own memory, and every replay fills it from `source`.
+        """
+        if self.source is None or not torch.equal(self.source, self.staged):
+            if self.spare is None:
+                self.source = _pinned(self.staged)
+            else:
+                self.source, self.spare = self.spare.copy_(self.staged), None
+        moving = torch.empty_like(self.moving)
+        moving.copy_(self.source, non_blocking=True)
+        owners = [place.owner for place in part.places]
+        # Not the owners themselves: they would keep each other.
+        state = [tensor for tensor in part.native.updated(True) if not any(tensor is owner for owner in owners)]
+        copies = [place.param for place in part.places if place.is_copy]
+        _captured.setdefault(owners[0], []).append((self, self.source, state, copies))
+        return moving
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+@functools.cache
+def _broken(device_type: str) -> str:
+    """Why Triton does not serve here. Whatever goes wrong in it is told and not raised: other backends may serve."""
+    try:
+        from triton.runtime import driver
+
+        kernels()
+        served = driver.active.get_active_torch_device().type
+    except Exception as error:
+        return _told(error)
+    return "" if served == device_type else f"triton {version()} drives devices of type {served}, not {device_type}"
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+        return "triton is not installed"
+    return f"triton does not work here: {type(error).__name__}: {error}"
+
+
+# ---- what is asked of torch's devices and of Triton's driver; the tests have their own answers where there are none
+
+
+def _current(device: torch.device) -> Any:
+    return torch.get_device_module(device.type).device(device)
+
+
+def _stream(device: torch.device) -> Any:
+    return torch.get_device_module(device.type).current_stream(device)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _pinned(like: Tensor) -> Tensor:
+    return like.pin_memory()
+
+
+def _used_on_current_stream(tensor: Tensor) -> None:
+    tensor.record_stream(_stream(tensor.device))
+
+
+def _warp_size() -> int:
+    from triton.runtime import driver
+
+    return int(driver.active.get_current_target().warp_size)

@@ -1,0 +1,507 @@
+"""The Triton backend's Python: launches, uploads, captures and compilations, what is said where it does not serve.
+
+The backend-parametrised suite runs through `triton_on_host` for numbers; here is what a recorder in a launch's place,
+or a driver that launches nothing, can tell.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import sys
+import time
+import types
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import triton_on_host
+from helpers import BackendCase, make_grads, make_optimizer, make_params, same_tensor_bits, seeded, set_grad
+from torch import Tensor
+
+import lookahead_fused
+from lookahead_fused import build
+from lookahead_fused.backends import BACKENDS, choose, triton
+
+needs_triton = pytest.mark.skipif(bool(triton_on_host.missing()), reason=f"runs Triton: {triton_on_host.missing()}")
+HOST = BackendCase(triton_on_host.NAME, "cpu", 0.0)
+RULES: dict[str, dict[str, Any]] = {
+    "adamw": {"lr": 0.1, "weight_decay": 0.1, "k": 3},
+    "adam": {"lr": 0.1, "weight_decay": 0.1, "amsgrad": True, "pullback_momentum": "pullback", "k": 3},
+    "sgd": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "pullback_momentum": "reset", "k": 3},
+}
+
+
+@pytest.fixture
+def host() -> Iterator[Any]:
+    """The backend on the host, which is a backend for as long."""
+    module = triton_on_host.backend()
+    with mock.patch.dict(BACKENDS, {triton_on_host.NAME: module}):
+        yield module
+
+
+def set_grads(params: list[torch.nn.Parameter], seed: int) -> None:
+    for p, g in zip(params, make_grads(params, generator=seeded(seed)), strict=True):
+        set_grad(p, g)
+
+
+class Recorder:
+    """In a kernel's place: counts its launches, and makes them or keeps them."""
+
+    def __init__(self, kernel: Any, kept: list[Callable[[], None]] | None = None) -> None:
+        self.kernel, self.kept, self.grids = kernel, kept, []  # type: ignore[var-annotated]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            self.grids.append(grid)
+            if self.kept is not None:
+                self.kept.append(lambda: self.kernel[grid](*args, **options))
+
+        return launch
+
+
+# ------------------------------------------------------------------------------------------------------------
+# launches, uploads, memory
+
+
+@needs_triton
+@pytest.mark.parametrize("count", [1, 148, 20_000])
+def test_launches_and_uploads_of_a_step(host: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launches for any number of tensors and groups; one copy where a gradient moved, none where none did; and no
+    copy's source is written again, however late the device reads it."""
+    params = make_params([(3,)] * count)
+    groups = [{"params": params[: count // 2 + 1], "lr": 0.1}, {"params": params[count // 2 + 1 :]}]
+    optimizer = make_optimizer("adamw", [g for g in groups if g["params"]], HOST)
+    set_grads(params, 1)
+    rows, chunks = Recorder(None), Recorder(None)
+    kernels = types.SimpleNamespace(**{**vars(triton_on_host.kernels()), "rows": rows, "chunks": chunks})
+    monkeypatch.setattr(host, "kernels", lambda: kernels)
+    optimizer.step()
+    assert (rows.grids, chunks.grids) == ([((count + 31) // 32,)], [(count,)])
+    sources: list[tuple[Tensor, Tensor]] = []
+
+    def pinned(like: Tensor) -> Tensor:
+        sources.append((like.clone(), like.clone()))
+        return sources[-1][0]
+
+    monkeypatch.setattr(host, "_pinned", pinned)
+    for moved in (False, True, "lr", False, True):
+        if moved is True:
+            for p in params:
+                assert p.grad is not None
+                p.grad = p.grad.clone()
+        if moved == "lr":
+            optimizer.param_groups[0]["lr"] *= 2
+        before = len(sources), len(rows.grids), len(chunks.grids)
+        optimizer.step()
+        made = len(sources) - before[0], len(rows.grids) - before[1], len(chunks.grids) - before[2]
+        assert made == (1 if moved else 0, 1, 1)
+    assert all(torch.equal(source, as_given) for source, as_given in sources)
+
+
+@needs_triton
+@pytest.mark.parametrize("numel", [1, 1500])
+@pytest.mark.parametrize(("dtype", "master"), [(torch.float32, False), (torch.float64, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("rule", RULES)
+def test_each_array_is_read_and_written_once(
+    host: Any, rule: str, dtype: torch.dtype, master: bool, numel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is let through by the masks: 28 bytes for each fp32 parameter of AdamW, 36 in a sync."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    traffic: Counter[tuple[int, str]] = Counter()
+    watched: list[Tensor] = []
+
+    def count(use: str, pointers: Any, mask: Any) -> None:
+        for address in pointers.data[mask.data]:
+            for i, tensor in enumerate(watched):
+                if tensor.data_ptr() <= address < tensor.data_ptr() + tensor.nbytes:
+                    traffic[i, use] += tensor.itemsize
+
+    load, store = interpreter_builder.create_masked_load, interpreter_builder.create_masked_store
+
+    def counted_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+        count("r", pointers, mask)
+        return load(pointers, mask, *rest)
+
+    def counted_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        count("w", pointers, mask)
+        return store(pointers, value, mask, *rest)
+
+    monkeypatch.setattr(interpreter_builder, "create_masked_load", counted_load, raising=False)
+    monkeypatch.setattr(interpreter_builder, "create_masked_store", counted_store, raising=False)
+    p = torch.nn.Parameter(torch.randn(numel).to(dtype))
+    optimizer = make_optimizer(rule, [p], HOST, **RULES[rule], **({"master_weights": True} if master else {}))
+    for t in range(1, 4):
+        set_grads([p], t)
+        state = optimizer.state.get(p, {})
+        names = [name for name in state if name != "step"]
+        assert p.grad is not None
+        watched[:] = [p.detach(), p.grad, *(state[name] for name in names)]
+        traffic.clear()
+        optimizer.step()
+        if t == 1:
+            continue
+        moved = [(traffic[i, "r"] / x.nbytes, traffic[i, "w"] / x.nbytes) for i, x in enumerate(watched)]
+        assert moved[:2] == [(0, 1) if master else (1, 1), (1, 0)]
+        for name, got in zip(names, moved[2:], strict=True):
+            at_sync = name in ("slow_param", "slow_momentum")
+            assert got == ((0, 0) if at_sync and t % 3 else (1, 1)), name
+        if rule == "adamw" and dtype != torch.float64:
+            assert sum(traffic.values()) == numel * (28 if t % 3 else 36)
+
+
+@needs_triton
+def test_streams_that_read_its_memory_are_made_known(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Freed, it must not be given away while another stream than the one it was made on still reads it."""
+    used: list[int] = []
+    monkeypatch.setattr(host, "_used_on_current_stream", lambda tensor: used.append(tensor.data_ptr()))
+    params = make_params([(5,)])
+    optimizer = make_optimizer("adamw", params, HOST)
+    for stream, expected in ((0, False), (7, True), (0, False)):
+        monkeypatch.setattr(host, "_stream", lambda device, stream=stream: stream)
+        used.clear()
+        set_grads(params, stream)
+        optimizer.step()
+        stepper = optimizer._table._parts[0].stepper
+        memory = {x.data_ptr() for x in vars(stepper).values() if isinstance(x, Tensor)}
+        on_the_host = {x.data_ptr() for x in (stepper.staged, stepper.uploaded, stepper.spare)}
+        assert set(used) == (memory - on_the_host if expected else set())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# captured graphs
+
+
+class Graph:
+    """What a captured step leaves: the copy of what moves, and the launches."""
+
+    def __init__(self, host: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.launches: list[Callable[[], None]] = []
+        kernels = triton_on_host.kernels()
+        stepper = optimizer._table._parts[0].stepper  # type: ignore[attr-defined]
+        recorders = {name: Recorder(getattr(kernels, name), self.launches) for name in ("rows", "chunks")}
+        stepper.kernels = types.SimpleNamespace(**{**vars(kernels), **recorders})
+        made: list[Tensor] = []
+
+        def empty_like(of: Tensor, **options: Any) -> Tensor:
+            made.append(torch.zeros_like(of, **options))
+            return made[-1]
+
+        with (
+            mock.patch.object(host, "_is_capturing", return_value=True),
+            mock.patch.object(host.torch, "empty_like", empty_like),
+        ):
+            optimizer.step()
+        stepper.kernels = kernels
+        self.source, (self.moving,) = weakref.ref(stepper.source), made
+
+    def replay(self) -> None:
+        source = self.source()
+        assert source is not None, "what a replay copies from is gone"
+        self.moving.copy_(source)
+        for launch in self.launches:
+            launch()
+
+
+@needs_triton
+@pytest.mark.parametrize("rule", RULES)
+def test_replays_are_steps(host: Any, rule: str) -> None:
+    """Eager steps on other gradients, with another lr, in between: a replay still has its own."""
+    runs = []
+    for captured in (False, True):
+        lr = torch.tensor(0.1)
+        params = make_params([(5,), (300,)])
+        optimizer = make_optimizer(rule, params, HOST, **{**RULES[rule], "lr": lr})
+        set_grads(params, 0)
+        optimizer.step()
+        static = make_grads(params, generator=seeded(1))
+        for p, g in zip(params, static, strict=True):
+            p.grad = g
+        graph = Graph(host, optimizer) if captured else None
+        for t in range(12):
+            for p, g, value in zip(params, static, make_grads(params, generator=seeded(10 + t)), strict=True):
+                g.copy_(value)
+                p.grad = g
+            lr.fill_(0.1 / (t + 1))
+            optimizer.step() if graph is None else graph.replay()
+            if t % 5 == 4:
+                set_grads(params, 100 + t)
+                optimizer.step()
+        runs.append(params)
+        assert all(optimizer.state[p]["step"].item() == 15 for p in params)
+    for p, q in zip(*runs, strict=True):
+        assert same_tensor_bits(p, q)
+
+
+@needs_triton
+def test_a_graph_outlives_its_optimizer(host: Any) -> None:
+    """It keeps what it reads and writes for as long as its parameters are there, and no longer."""
+    params = make_params([(64,), (3, 4)])
+    optimizer = make_optimizer("adamw", params, HOST, lr=0.1, k=2)
+    set_grads(params, 1)
+    optimizer.step()
+    graph = Graph(host, optimizer)
+    state = [weakref.ref(value) for p in params for name, value in optimizer.state[p].items()]
+    del optimizer
+    gc.collect()
+    assert all(reference() is not None for reference in state)
+    before = [p.detach().clone() for p in params]
+    graph.replay()
+    assert all(not torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    graph.launches.clear()
+    params.clear()
+    gc.collect()
+    assert graph.source() is None
+    assert all(reference() is None for reference in state)
+
+
+@needs_triton
+def test_captures_pin_no_memory(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That may not be done while a stream is being captured: it was done before, and the same again needs no more."""
+    params = make_params([(5,)])
+    optimizer = make_optimizer("adamw", params, HOST)
+    set_grads(params, 1)
+    optimizer.step()
+    pinned = mock.Mock(side_effect=AssertionError("pinned memory in a capture"))
+    with mock.patch.object(host, "_pinned", pinned):
+        first, second = Graph(host, optimizer), Graph(host, optimizer)
+    assert first.source() is second.source()
+    optimizer.step()
+    set_grads(params, 2)
+    with mock.patch.object(host, "_pinned", pinned):
+        third = Graph(host, optimizer)
+    assert third.source() is not first.source()
+    assert first.source() is not None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Triton's own launch path, with a driver that launches nothing
+
+
+class Driver:
+    """An NVIDIA driver without a device: kernels are compiled and looked up as for one, their launches are counted."""
+
+    launches = 0
+
+    class utils:
+        load_binary = staticmethod(lambda *about: (1, 1, 32, 0, 1024))
+        unload_module = staticmethod(lambda module: None)
+        get_device_properties = staticmethod(lambda device: {"max_shared_mem": 1 << 20})
+
+    class launcher_cls:
+        def __init__(self, *about: Any) -> None:
+            pass
+
+        def __call__(self, *arguments: Any) -> None:
+            Driver.launches += 1
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+
+@pytest.fixture
+def driver(host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[type[Driver]]:
+    """The backend on the host over Triton's compiler and `Driver`."""
+    import triton as compiler
+    from triton.runtime import driver as config
+
+    monkeypatch.setattr(host, "kernels", triton.kernels)
+    before = config._active
+    config.set_active(Driver())
+    for kernel in (triton.kernels().rows, triton.kernels().chunks):
+        kernel.device_caches.clear()
+    Driver.launches = 0
+    with compiler.knobs.cache.scope():
+        compiler.knobs.cache.dir = str(tmp_path)
+        yield Driver
+    config._active = before
+    for kernel in (triton.kernels().rows, triton.kernels().chunks):
+        kernel.device_caches.clear()
+
+
+def compilations() -> int:
+    """How many kernels Triton has compiled for this process."""
+    kernels = triton.kernels()
+    return sum(len(kernel.device_caches[0][0]) for kernel in (kernels.rows, kernels.chunks))
+
+
+@needs_triton
+def test_one_compilation_for_any_value(driver: type[Driver]) -> None:
+    """Two kernels for a rule and its dtypes: not a further one for a learning rate, a schedule, a number of tensors,
+    another size or alignment, a loss scale, k, alpha, or an lr that is a tensor. None is compiled in a capture."""
+    odd = torch.zeros(9)[1:2].view(())
+    for shapes, hyper in (
+        ([(1,)], {}),
+        ([(16,)] * 16, {"lr": torch.tensor(0.1), "k": 1, "alpha": 1.0}),
+        ([(7,), (40_000,)], {"lr": odd, "amsgrad": True, "weight_decay": 0.3, "pullback_momentum": "pullback"}),
+        ([(3,)] * 129, {"maximize": True, "betas": (0.5, 0.6), "eps": 1.0}),
+    ):
+        params = make_params(shapes)
+        optimizer: Any = make_optimizer("adamw", params, HOST, **hyper)
+        set_grads(params, 1)
+        optimizer.step()
+        for scale, held in ((odd + 2, odd), (torch.ones(()), torch.zeros(16)[4:5].view(()))):
+            optimizer.grad_scale, optimizer.found_inf = scale, held
+            optimizer._table.advance(optimizer.param_groups, optimizer.state, scale, None)
+            (part,) = optimizer._table._parts
+            part.backend.step(part, scale, held)
+        optimizer.param_groups[0]["lr"] = 0.25
+        optimizer._table.advance(optimizer.param_groups, optimizer.state)
+    assert driver.launches > 20
+    assert compilations() == 2
+    other = make_params([(3,)], torch.float64)
+    optimizer = make_optimizer("sgd", other, HOST)
+    set_grads(other, 1)
+    optimizer.step()
+    assert compilations() == 4
+
+
+@needs_triton
+@pytest.mark.slow
+def test_host_work_of_a_step(driver: type[Driver], capsys: pytest.CaptureFixture[str]) -> None:
+    """At most 0.5 us a tensor and 100 us fixed, all of Python's and Triton's part of two launches included."""
+
+    def seconds(count: int) -> float:
+        params = make_params([(3,)] * count)
+        optimizer = make_optimizer("adamw", params, HOST)
+        set_grads(params, 1)
+        optimizer.step()
+        best = 1.0
+        for _ in range(100):
+            start = time.perf_counter()
+            optimizer.step()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    one, many = seconds(1), seconds(4000)
+    with capsys.disabled():
+        print(f"\nTriton, host work: fixed {one * 1e6:.0f} us, for each tensor {(many - one) / 3999 * 1e9:.0f} ns")
+    assert one < 100e-6 * 3  # three times: this machine is shared
+    assert (many - one) / 3999 < 0.5e-6 * 2
+
+
+# ------------------------------------------------------------------------------------------------------------
+# where it does not serve
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A machine with an accelerator, on which nobody has asked yet whether Triton works."""
+    if build.module("_cpu") is None:
+        pytest.skip(build.reason("_cpu"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *a: torch.device("cuda"))
+    triton._broken.cache_clear()
+    yield monkeypatch
+    triton._broken.cache_clear()
+
+
+def test_without_a_device() -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("there is a device")
+    status = lookahead_fused.backends()["triton"]
+    assert not status.available
+    assert "no device of type cuda or xpu" in status.reason or build.module("_cpu") is None
+
+
+def test_not_installed(fresh: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
+        fresh.delitem(sys.modules, name)
+    fresh.setitem(sys.modules, "triton", None)
+    real = __import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+        return real(name, *rest)
+
+    fresh.setattr("builtins.__import__", without)
+    assert triton.unavailable(torch.device("cuda")) == "triton is not installed"
+    assert triton.version() == "triton is not installed"
+
+
+@needs_triton
+def test_broken(fresh: pytest.MonkeyPatch) -> None:
+    """Whatever comes out of it is the reason, and nothing is raised."""
+    fresh.setattr(triton, "kernels", mock.Mock(side_effect=OSError("libtriton.so: undefined symbol")))
+    reason = triton.unavailable(torch.device("cuda"))
+    assert "triton does not work here: OSError: libtriton.so: undefined symbol" in reason
+
+
+@needs_triton
+def test_without_a_driver(fresh: pytest.MonkeyPatch) -> None:
+    from triton.runtime import driver as config
+
+    if torch.accelerator.current_accelerator().type != "cuda" or torch.cuda.is_available():  # type: ignore[union-attr]
+        pytest.skip("there is a driver")
+    fresh.setattr(config, "_active", None)
+    fresh.setattr(config, "_default", None)
+    assert "0 active drivers" in triton.unavailable(torch.device("cuda"))
+
+
+@needs_triton
+def test_a_driver_of_other_devices(fresh: pytest.MonkeyPatch) -> None:
+    from triton.runtime import driver as config
+
+    fresh.setattr(config, "_active", Driver())
+    assert triton.unavailable(torch.device("cuda")) == ""
+    triton._broken.cache_clear()
+    fresh.setattr(torch.accelerator, "current_accelerator", lambda *a: torch.device("xpu"))
+    assert "drives devices of type cuda, not xpu" in triton.unavailable(torch.device("xpu"))
+    assert "no device of type cuda" in triton.unavailable(torch.device("cuda"))
+
+
+def test_without_the_table(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(triton, "native", lambda: None)
+    fresh.setattr(build, "reason", lambda name: "no C++17 compiler was found")
+    assert "_cpu: no C++17 compiler was found" in triton.unavailable(torch.device("cuda"))
+
+
+def test_auto_prefers_cuda_then_triton_and_tells_of_a_slower_one(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(sys.modules[choose.__module__], "_warned", set())
+    reasons = {"cuda": "no code for this card", "triton": ""}
+    for name in reasons:
+        fresh.setattr(BACKENDS[name], "unavailable", lambda device=None, name=name: reasons[name])
+    device = torch.device("cuda")
+    with pytest.warns(RuntimeWarning, match=r"'triton' for parameters on cuda \(cuda: no code for this card\)"):
+        assert choose("auto", device) is triton
+    reasons["triton"] = "broken"
+    with pytest.warns(RuntimeWarning, match=r"'reference' .*cuda: no code for this card; triton: broken"):
+        assert choose("auto", device).NAME == "reference"
+    reasons.update(cuda="")
+    assert choose("auto", device).NAME == "cuda"
+    assert choose("auto", torch.device("cpu")).NAME in ("cpu", "reference")
+    with pytest.raises(RuntimeError, match="it serves devices of type cuda, xpu"):
+        choose("triton", torch.device("cpu"))
+
+
+def test_copies_of_an_optimizer_share_nothing(host: Any) -> None:
+    if triton_on_host.missing():
+        pytest.skip(triton_on_host.missing())
+    params = make_params([(5,)])
+    optimizer = make_optimizer("adamw", params, HOST, lr=0.1)
+    set_grads(params, 1)
+    optimizer.step()
+    other = copy.deepcopy(optimizer)
+    (q,) = other.param_groups[0]["params"]
+    before = params[0].detach().clone()
+    q.grad = torch.ones_like(q)
+    other.step()
+    assert torch.equal(params[0], before)
+    assert not torch.equal(q, before)

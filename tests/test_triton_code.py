@@ -1,0 +1,238 @@
+"""What Triton's compiler makes of the kernels for NVIDIA's and AMD's GPUs, ahead of time: no GPU is needed for that."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cuda_code
+import pytest
+import torch
+import triton_on_host
+
+from lookahead_fused import build
+
+pytestmark = pytest.mark.skipif(
+    bool(triton_on_host.missing()), reason=f"compiles with Triton: {triton_on_host.missing()}"
+)
+
+NVIDIA = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120}
+AMD = ("gfx90a", "gfx942")
+
+
+def targets(*names: str) -> Any:
+    """A target's kernels are compiled once, by the worker that has its tests."""
+    cases = [pytest.param(name, marks=pytest.mark.xdist_group(f"triton-{name}")) for name in names]
+    return pytest.mark.parametrize("target", cases)
+
+
+RULES = ("adam", "sgd", "sync")
+FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+PATTERNS = ((FP32, FP32), (BF16, FP32), (FP16, FP16), (FP64, FP64))
+# Which arrays a walk reads and writes, each in one place; but phi, which starts in one place and is synced in another.
+ARRAYS = {
+    "adam": {"param": "rw", "grad": "r", "slow": "wrw", "slow_moment": "rw", "m0": "rw", "m1": "rw", "m2": "rw"},
+    "sgd": {"param": "rw", "grad": "r", "slow": "wrw", "slow_moment": "rw", "m0": "rw"},
+    "sync": {"param": "rw", "slow": "rw", "slow_moment": "rw", "m0": "rw"},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    import triton
+
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+        yield
+
+
+@functools.cache
+def compiled(target: str, kernel: str, rule: str, param: torch.dtype, grad: torch.dtype) -> Any:
+    """A kernel as the backend would have it compiled, from the second step on as from the first."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lookahead_fused.backends import triton_kernels as kernels
+
+    gpu = GPUTarget("hip", target, 64) if target in AMD else GPUTarget("cuda", NVIDIA[target], 32)
+    types = {"fixed": "*u8", "moving": "*u8", "steps": "*fp64" if param == FP64 else "*fp32"}
+    types |= {
+        "grad_scale": "*fp32",
+        "found_inf": "*fp32",
+        "row_count": "i32",
+        "chunks_at": "i32",
+        "gradients_at": "i32",
+    }
+    constants = {"rule": kernels.RULES[rule], "P": kernels.DTYPES[param], "G": kernels.DTYPES[grad]}
+    function = getattr(kernels, kernel)
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    constants = {name: constants[name] for name in signature if signature[name] == "constexpr"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
+    warps = 1 if kernel == "rows" else kernels.THREADS // gpu.warp_size
+    source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=gpu, options={"enable_fp_fusion": False, "num_warps": warps})
+
+
+def walks(target: str) -> Iterator[tuple[str, str, torch.dtype, torch.dtype, Any]]:
+    for rule in RULES:
+        for param, grad in PATTERNS:
+            yield f"{rule} of {param} on {target}", rule, param, grad, compiled(target, "chunks", rule, param, grad)
+
+
+def every_kernel(target: str) -> Iterator[tuple[str, Any]]:
+    for where, rule, param, grad, walk in walks(target):
+        yield where, walk
+        if param in (FP32, FP64):
+            yield f"rows of {where}", compiled(target, "rows", rule, param, grad)
+
+
+def sizes(rule: str, param: torch.dtype, grad: torch.dtype) -> dict[str, tuple[int, int]]:
+    """For each array the bytes for each element that the code reads and writes, whatever of it a step runs."""
+    compute = 8 if param == FP64 else 4
+    size = Counter({"param": param.itemsize, "grad": grad.itemsize})
+    arrays = dict(ARRAYS[rule])
+    if param.itemsize < compute:
+        arrays["master"] = "rw"
+    return {n: tuple(uses.count(use) * (size[n] or compute) for use in "rw") for n, uses in arrays.items()}  # type: ignore[misc]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# NVIDIA
+
+
+class Ptx:
+    """Which array a wide access is to, by where its address comes from."""
+
+    COLUMNS = ("param", "grad", "master", "slow", "step", "slow_moment", "m0", "m1", "m2")
+
+    def __init__(self, text: str) -> None:
+        self.lines = [re.sub(r"\s+", " ", line).strip() for line in text.splitlines()]
+        self.made: dict[str, list[str]] = {}
+        for line in self.lines:
+            found = re.match(r"(?:@!?%p\d+ )?[a-z][\w.]* \{? ?(%\w+)", line)
+            if found and not line.startswith(("st.", "bra", "setp")):
+                self.made.setdefault(found[1], []).append(line)
+
+    def accesses(self) -> Iterator[tuple[str, str, bool]]:
+        """("r" or "w", the array, whether it is masked) for every access of 16 bytes."""
+        for line in self.lines:
+            found = re.match(r"(@!?%p\d+ )?(ld|st)\.global\.v(?:4\.b32|2\.b64) .*\[ ?(%rd\d+)", line)
+            if found:
+                yield {"ld": "r", "st": "w"}[found[2]], self._array(found[3]), found[1] is not None
+
+    def _array(self, register: str) -> str:
+        found, seen, left = set(), {register}, [register]
+        while left:
+            for line in self.made.get(left.pop(), ()):
+                if ld := re.match(r"ld\.global\.b64 \{ %rd\d+ \}, \[ (%rd\d+) \+ 0 \]", line):
+                    found.add(self._column(ld[1]))
+                    continue
+                operands = set(re.findall(r"%r\w*\d+", line)) - seen
+                seen |= operands
+                left += operands
+        (name,) = found - {""}
+        return name
+
+    def _column(self, register: str) -> str:
+        """Of the word at an address: a column of a row, nothing for one in a chunk, and else a gradient's."""
+        (line,) = self.made[register]
+        offset = 0
+        if added := re.match(r"add\.s64 %rd\d+, (%rd\d+), (\d+);", line):
+            offset = int(added[2])
+            (line,) = self.made[added[1]]
+        sizes = build.module("_cpu").layout()  # type: ignore[union-attr]
+        struct = re.match(r"mad\.\S+ %rd\d+, %\w+, (\d+), %rd\d+;", line)
+        if struct is None or int(struct[1]) not in (sizes["ROW"], sizes["CHUNK"]):
+            return "grad"
+        return self.COLUMNS[offset // 8] if int(struct[1]) == sizes["ROW"] else ""
+
+
+@targets(*NVIDIA)
+def test_bytes_for_each_element(target: str) -> None:
+    """Counted per array in the unmasked path, all of it in accesses of 16 bytes. What an fp32 step of AdamW does under
+    no mask is 28 bytes, and the 8 of the sync."""
+    for where, rule, param, grad, walk in walks(target):
+        moved: Counter[tuple[str, str]] = Counter()
+        always: Counter[str] = Counter()
+        for use, array, masked in Ptx(walk.asm["ptx"]).accesses():
+            # 16 bytes of each of 128 threads, for 1024 elements.
+            moved[array, use] += 2
+            always[array] += 0 if masked else 2
+        expected = sizes(rule, param, grad)
+        assert {name: (moved[name, "r"], moved[name, "w"]) for name in {name for name, _ in moved}} == expected, where
+        if rule == "adam" and param == FP32:
+            assert always == {"param": 8, "grad": 4, "m0": 8, "m1": 8, "slow": 8, "m2": 0, "slow_moment": 0}
+        if rule == "adam" and param == BF16:
+            # A master takes the parameter's place where it is read: 2 + 16 + 8 + 2 = 28, with 16-bit gradients.
+            assert (always["param"], always["m0"], always["m1"], always["master"]) == (2, 8, 8, 0)
+
+
+@targets(*NVIDIA)
+def test_ptx_rounds_operation_by_operation(target: str) -> None:
+    """So Triton's compiler allows the CPU backend's bits: nothing is fused, nothing approximate, and the root and the
+    division of the interpreter, NumPy's, are the ones that are compiled. It converts to 16 bits by rounding, which its
+    interpreter does not: see `triton_on_host`."""
+    for where, kernel in every_kernel(target):
+        text = kernel.asm["ptx"]
+        assert re.findall(r"\b(?:fma|mad)\.\w+\.f\d+\b|\.approx\b|\.full\b|\.ftz\b", text) == [], where
+        assert re.findall(r"\b(?:add|sub|mul|div|sqrt)\.f(?:32|64)\b", text) == [], where
+    for where, rule, param, _, walk in walks(target):
+        text = walk.asm["ptx"]
+        width = "f64" if param == FP64 else "f32"
+        for operation in ("div", "sqrt"):
+            assert (f"{operation}.rn.{width}" in text) == (rule == "adam"), where
+        if param != FP64:
+            assert "f64" not in text, where
+        if param.itemsize == 2:
+            assert re.search(r"cvt\.rn\.(bf16|f16)(x2)?\.f32", text), where
+
+
+@targets(*NVIDIA)
+def test_machine_code_spills_and_fuses_nothing(target: str, tmp_path: Path) -> None:
+    for name in ("cuobjdump", "nvdisasm"):
+        if cuda_code.tool(name) is None:
+            pytest.skip(f"{name} was found neither in triton's wheel nor on PATH")
+    for where, kernel in every_kernel(target):
+        path = tmp_path / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        (code,) = cuda_code.kernels(path)
+        # Three blocks of 128 threads are resident, with four arrays' 32 bytes for each thread: 48 KiB under way. In fp64
+        # two are, with 64 bytes.
+        most = 65536 // ((2 if "float64" in where else 3) * 128)
+        assert (code.local, code.registers <= most) == (0, True), f"{where}: {code.registers} registers"
+        opcodes = code.opcodes()
+        assert [op for op in opcodes if re.match(r"(LDL|STL)\b", op)] == [], where
+        # With a division or a root come sequences of fused operations that round it correctly.
+        if where.startswith(("sgd", "sync")):
+            fused = [
+                line for line in code.code if re.match(r"[FD]FMA", cuda_code.opcode(line)) and "-RZ, RZ" not in line
+            ]
+            assert fused == [], where
+
+
+# ------------------------------------------------------------------------------------------------------------
+# AMD
+
+
+@targets(*AMD)
+def test_amd_code(target: str) -> None:
+    """128 bits an access on the unmasked path, nothing spilled, nothing fused outside of a division or a root."""
+    for where, rule, param, grad, walk in walks(target):
+        text = walk.asm["amdgcn"]
+        reads, writes = (sum(uses) // 2 for uses in zip(*sizes(rule, param, grad).values(), strict=True))
+        # The table too is read 16 bytes at a time where its words lie side by side.
+        assert len(re.findall(r"\bglobal_load_dwordx4\b", text)) >= reads, where
+        assert len(re.findall(r"\bglobal_store_dwordx4\b", text)) == writes, where
+        if rule != "adam":
+            assert re.findall(r"\bv_(?:pk_)?(?:fma|mac)\w*", text) == [], where
+    for where, kernel in every_kernel(target):
+        text = kernel.asm["amdgcn"]
+        counts = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)|\.private_segment_fixed_size:\s*(\d+)", text)
+        assert len(counts) == 3, where
+        assert all(not number.strip("0") for found in counts for number in found), f"{where}: {counts}"
+        assert re.findall(r"\b(?:scratch|flat)_(?:load|store)\w*", text) == [], where

@@ -1,0 +1,112 @@
+"""The Triton backend on the host: its kernels in Triton's interpreter, as a further backend.
+
+`triton-host` is the class, the table, `backends/triton.py` and `backends/triton_kernels.py`, as they are; only what
+torch would answer about streams and devices is stood in for, and the interpreter is made quick enough for a suite.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from contextlib import nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lookahead_fused import build
+
+NAME = "triton-host"
+
+
+@functools.cache
+def missing() -> str:
+    """What this machine lacks to run the stand-in, or ""."""
+    if build.module("_cpu") is None:
+        return build.reason("_cpu")
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return ""
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    """A second `backends/triton_kernels.py`, interpreted."""
+    import triton
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
+
+    _correct(interpreter_builder)
+    before = triton.knobs.runtime.interpret
+    triton.knobs.runtime.interpret = True
+    try:
+        module = _again("triton_kernels")
+    finally:
+        triton.knobs.runtime.interpret = before
+    for name, value in list(vars(module).items()):
+        # Called from within a kernel, the interpreter's function prepares Triton's whole language anew each time.
+        if isinstance(value, InterpretedFunction) and name not in ("rows", "chunks"):
+            setattr(module, name, value.rewrite())
+    module.RULES = {
+        name: rule._replace(
+            prepare=getattr(module, rule.prepare.__name__), update=getattr(module, rule.update.__name__)
+        )
+        for name, rule in module.RULES.items()
+    }
+    # Triton's own library was imported to be compiled; of its functions this is the only one that is called.
+    module.largest = lambda n: tl.reduce(n, 0, tl.standard._elementwise_max)
+    return module
+
+
+def _correct(builder: Any) -> None:
+    """Has the interpreter do as the compiler does, where it differs: it truncates to bfloat16 (what the compiler makes
+    of that, `test_triton_code.py` reads) and loses subnormal ones, and of a truth value that it repeats over a block it
+    makes a number."""
+    import triton.language as tl
+
+    cast, splat = builder.cast_impl, builder.create_splat
+
+    def cast_impl(value: Any, dtype: Any) -> Any:
+        made = cast(value, dtype)
+        types = value.dtype.scalar, dtype.scalar
+        if types == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(value.data).to(torch.bfloat16).view(torch.int16).numpy()
+            made.data = rounded.view(made.data.dtype)
+        if types == (tl.bfloat16, tl.float32):
+            made.data = torch.from_numpy(value.data.view("int16")).view(torch.bfloat16).float().numpy()
+        return made
+
+    def create_splat(dtype: Any, value: Any) -> Any:
+        made = splat(dtype, value)
+        if value.data.dtype == bool:
+            made.data = made.data.astype(bool)
+        return made
+
+    builder.cast_impl, builder.create_splat = cast_impl, create_splat
+
+
+@functools.cache
+def backend() -> ModuleType:
+    """The backend's Python module, a second `backends/triton.py` over the stand-in."""
+    module: Any = _again("triton")
+    module.NAME, module.DEVICES = NAME, ("cpu",)
+    module.kernels = kernels
+    module.unavailable = lambda device=None: missing()
+    module._current = lambda device: nullcontext()
+    module._stream = lambda device: 0
+    module._pinned = lambda like: like.clone()
+    module._used_on_current_stream = lambda tensor: None
+    module._warp_size = lambda: 32
+    return module
+
+
+def _again(name: str) -> ModuleType:
+    spec = importlib.util.find_spec(f"lookahead_fused.backends.{name}")
+    assert spec is not None
+    assert spec.origin is not None
+    spec = importlib.util.spec_from_file_location(f"lookahead_fused.backends.{name}_host", spec.origin)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
