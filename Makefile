@@ -18,7 +18,7 @@ PYTEST := -m pytest -n $(WORKERS) --dist loadgroup --benchmark-disable
 CPP_FILES = $(shell find csrc bench tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench-cpu wheel test-torches sanitize gpu-report clean
+.PHONY: help demo test lint format bench bench-cpu bench-check bench-baseline bench-predict wheel test-torches sanitize gpu-report clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +40,23 @@ format: $(VENV)/.extra-lint ## rewrite the sources as `make lint` wants them
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
 
+BENCH := -m pytest -q -p no:cacheprovider --benchmark-quiet bench/bench_suite.py
+
+bench: $(VENV)/.extra-test $(VENV)/.extra-demo ## every benchmark on this CPU: a table, build/bench/bench.json and report.html
+	@mkdir -p build/bench
+	$(PY) $(BENCH) --benchmark-json=build/bench/bench.json $(ARGS)
+	$(PY) bench/report.py build/bench/bench.json --html build/bench/report.html --picture build/bench/ratios.png \
+	  --gpu gpu-report.json
+
+bench-check: $(VENV)/.extra-test ## compare with bench/baseline.json (ARGS=--counts: without ratios of times)
+	$(PY) bench/gate.py check $(ARGS)
+
+bench-baseline: $(VENV)/.extra-test ## renew bench/baseline.json (ARGS=--counts: keep its ratios of times)
+	$(PY) bench/gate.py baseline $(ARGS)
+
+bench-predict: $(VENV)/.extra-demo ## a prediction for GPUs, beside what make gpu-report measured
+	$(PY) bench/predict.py gpu-report.json
+
 bench-cpu: $(VENV)/.built ## step times against torch's optimizers on this CPU
 	$(PY) bench/cpu.py $(ARGS)
 
@@ -58,11 +75,12 @@ sanitize: $(VENV)/.extra-test ## compute-sanitizer's memcheck, racecheck and ini
 	    -m "not slow" -k "(test_rules or test_layout) and cuda-cuda or test_cuda_gpu and not graph" $(ARGS) tests; \
 	done
 
-gpu-report: $(VENV)/.extra-test ## all that a first GPU is for, in one file: gpu-report.txt
+gpu-report: $(VENV)/.extra-test $(VENV)/.extra-demo ## all that a first GPU is for: gpu-report.txt and .json
 	@{ nvidia-smi; $(PY) -m lookahead_fused; \
 	  echo "== tests"; $(PY) -m pytest -q -p no:cacheprovider --benchmark-disable -k "cuda" $(ARGS) tests; \
 	  echo "== sanitizer"; $(MAKE) --no-print-directory sanitize; \
-	  echo "== benchmark"; $(PY) bench/gpu.py; } 2>&1 | tee gpu-report.txt
+	  echo "== benchmark"; $(PY) $(BENCH) --device cuda --benchmark-json=gpu-report.json; \
+	  $(PY) bench/report.py gpu-report.json; $(PY) bench/predict.py gpu-report.json; } 2>&1 | tee gpu-report.txt
 
 # PYTHONSAFEPATH keeps the source tree off sys.path; the suite checks that it runs the package it is told to expect.
 test-torches: $(VENV)/.tools ## the whole suite against one wheel under each release in TORCHES

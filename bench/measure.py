@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -113,7 +115,8 @@ def interleave(
     sides: Sequence[Side],
     schedule: Schedule,
     *,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], Any] = time.perf_counter,
+    between: Callable[[Any, Any], float] = lambda start, end: end - start,
     sleep: Callable[[float], object] = time.sleep,
 ) -> Samples:
     """Time the sides in turns.
@@ -123,7 +126,9 @@ def interleave(
     Args:
         sides: what to compare; names must differ.
         schedule: how they take turns.
-        clock, sleep: replaced by tests.
+        clock: marks a moment.
+        between: the seconds from one mark to another, asked for when a turn is over.
+        sleep: replaced by tests.
 
     Returns:
         For each side's name its seconds a step, one number per round; the same index is the same round.
@@ -136,7 +141,7 @@ def interleave(
         seconds = dict.fromkeys(names, 0.0)
         for turn in range(schedule.turns):
             for side in _order(sides, round_ * schedule.turns + turn):
-                seconds[side.name] += _turn(side, schedule, clock, sleep)
+                seconds[side.name] += _turn(side, schedule, clock, between, sleep)
         if round_:
             for name in names:
                 samples[name].append(seconds[name] / (schedule.turns * schedule.steps))
@@ -150,7 +155,13 @@ def _order(sides: Sequence[Side], turn: int) -> list[Side]:
     return order if turn % 2 == 0 else order[::-1]
 
 
-def _turn(side: Side, schedule: Schedule, clock: Callable[[], float], sleep: Callable[[float], object]) -> float:
+def _turn(
+    side: Side,
+    schedule: Schedule,
+    clock: Callable[[], Any],
+    between: Callable[[Any, Any], float],
+    sleep: Callable[[float], object],
+) -> float:
     """The seconds of one turn's timed steps."""
     gc.collect(0)
     collecting = gc.isenabled()
@@ -165,14 +176,15 @@ def _turn(side: Side, schedule: Schedule, clock: Callable[[], float], sleep: Cal
             start = clock()
             for _ in range(schedule.steps):
                 side.step()
-            return clock() - start
-        seconds = 0.0
+            return between(start, clock())
+        marks = []
         for _ in range(schedule.steps):
             side.prepare()
             start = clock()
             side.step()
-            seconds += clock() - start
-        return seconds
+            marks.append((start, clock()))
+        # Only now: to ask a GPU for a time is to wait for it.
+        return sum(between(start, end) for start, end in marks)
     finally:
         if collecting:
             gc.enable()
@@ -202,6 +214,11 @@ def slope(samples: Samples, small: str, large: str, further: int) -> Spread:
         [(b - a) / further for a, b in pairs],
         (statistics.median(samples[large]) - statistics.median(samples[small])) / further,
     )
+
+
+def growth_rate(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """The exponent b of seconds = a size^b, by least squares over the logarithms: 1 is linear growth."""
+    return statistics.linear_regression([math.log(x) for x in sizes], [math.log(y) for y in seconds]).slope
 
 
 def fastest(samples: Samples, names: Sequence[str]) -> str:
@@ -263,6 +280,15 @@ def _status(key: str) -> int:
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def available_bytes() -> int:
+    """Memory that a process can have now without anything being swapped out. Linux; elsewhere all there is."""
+    info = Path("/proc/meminfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def allocated_bytes(run: Callable[[], object]) -> int:
