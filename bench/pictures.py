@@ -185,7 +185,8 @@ def footnote(content: Info) -> str:
     shares = [b["extra_info"]["others"] for b in content["benchmarks"] if b["extra_info"].get("others") is not None]
     others = f"; other processes had up to {max(shares):.0%} of the cores" if shares else ""
     return (
-        f"{where['gpu'] or where['machine']}, {where['cores']} cores, {where['threads']} threads, torch {where['torch']}; "
+        f"{where['gpu'] or where['machine']}, {where['cores']} cores, {where['threads']} threads, "
+        f"torch {where['torch']}; "
         f"fp32, k = 5 and one group where nothing else is said; {where['utc'][:10]}{others}\n"
         "Mark: median of the ratios of interleaved rounds; line: their quartiles. 1×: equally fast. Logarithmic."
     )

@@ -62,7 +62,8 @@ def target_rows(content: dict[str, Any]) -> Rows:
                 quartiles = f"{value.q1:.3g} – {value.q3:.3g}" if value.samples > 1 else ""
                 where = benchmark["extra_info"].get("short") or benchmark["extra_info"]["title"]
                 rows.append([where, figure.label, f"{value.median:.3g} {figure.unit}", quartiles,
-                             f"{bound} {figure.target:g} {figure.unit}", "met" if figure.met else "missed"])  # fmt: skip
+                             f"{bound} {figure.target:g} {figure.unit}",
+                             "met" if figure.met else "missed"])  # fmt: skip
     return rows
 
 
