@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -30,6 +31,7 @@ import suite
 import torch
 from device import Cpu
 from figures import Figure
+from measure import Spread
 from opponents import Unavailable
 
 BASELINE = Path(__file__).with_name("baseline.json")
@@ -162,7 +164,7 @@ def measure_ratios(name: str) -> dict[str, Figure]:
 def make_ratios(
     run: Callable[[str], dict[str, Figure]], names: Sequence[str], device: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What a baseline holds of ratios: the median over several runs, and how far below it the lowest quartile was."""
+    """What a baseline holds of ratios: the median over several runs, and how far below it one of them may have been."""
     runs = [{name: run(name) for name in names} for _ in range(RUNS)]
     benchmarks = {}
     for name in names:
@@ -172,11 +174,16 @@ def make_ratios(
             median = statistics.median(value.median for value in values)
             entries[label] = {
                 "median": round(median, 4),
-                "spread": round(median - min(value.q1 for value in values), 4),
+                "spread": round(median - min(value.median - 2 * _uncertainty(value) for value in values), 4),
                 "medians": [round(value.median, 4) for value in values],
             }
         benchmarks[name] = entries
     return {"device": dict(device), "benchmarks": benchmarks}
+
+
+def _uncertainty(value: Spread) -> float:
+    """About the standard error of a median: rounds scatter by far more than their median does."""
+    return (value.q3 - value.q1) / math.sqrt(value.samples)
 
 
 def make_instructions() -> dict[str, Any] | None:

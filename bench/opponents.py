@@ -264,10 +264,10 @@ def _opponents() -> Iterable[Opponent]:
             yield Opponent(f"torch {implementation} + {sync} sync", make, _no_masters)
     yield Opponent(PLAIN, partial(_torch, "fused", ""), _no_masters)
     yield Opponent(MASTERS, _masters, _needs_masters)
-    for name, module in (("timm", "timm.optim"), ("pytorch_optimizer", "pytorch_optimizer")):
-        rules = ("adamw", "adam", "sgd")
-        refusal = partial(_installed, (module,), rules)
-        yield Opponent(f"{name}'s Lookahead over torch fused", partial(_wrapper, module), refusal)
+    late = "takes its slow weights only at its first sync"
+    for name, module, note in (("timm", "timm.optim", late), ("pytorch_optimizer", "pytorch_optimizer", "")):
+        refusal = partial(_installed, (module,), tuple(RULE_TITLES))
+        yield Opponent(f"{name}'s Lookahead over torch fused", partial(_wrapper, module), refusal, note)
     yield Opponent(
         "torch-optimi's Ranger", _ranger, partial(_installed, ("optimi",), ("adamw",)),
         "its inner step is RAdam, not AdamW",

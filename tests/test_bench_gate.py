@@ -103,7 +103,8 @@ def test_a_ratio_that_is_gone_is_a_problem() -> None:
 def test_a_baseline_has_the_spread_of_several_runs() -> None:
     made = gate.make_ratios(figures(1.2, 1.3, 1.25, q1=0.02), ["gpt2"], DEVICE)
     entry = made["benchmarks"]["gpt2"][SYNC]
-    assert entry == {"median": 1.25, "spread": 0.07, "medians": [1.2, 1.3, 1.25]}
+    # The lowest median is 0.05 below, and its own uncertainty is 0.04 over the root of one sample, twice.
+    assert entry == {"median": 1.25, "spread": 0.13, "medians": [1.2, 1.3, 1.25]}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ def one_thread() -> Iterator[None]:
 
 PLANTED = {
     # SGD moves the fewest bytes: an extra pass is 8 beside 21.6.
-    "large": steps.Comparison("planted", Setting("sgd"), near=(PLAIN,), rounds=30),
+    "large": steps.Comparison("planted", Setting("sgd"), near=(PLAIN,), rounds=60),
     "many": steps.Comparison("many-small", near=(PLAIN,), rounds=12),
 }
 

@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a run of a part of the suite wrote."""
     target = tmp_path_factory.mktemp("bench") / "bench.json"
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONSAFEPATH", "PYTEST_ADDOPTS")}
+    # Under xdist pytest-benchmark turns itself off.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHONSAFE", "PYTEST_"))}
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(ROOT),
         "-c", str(ROOT / "pyproject.toml"), str(ROOT / "bench" / "bench_suite.py"), "--benchmark-quiet",
