@@ -14,15 +14,16 @@ import instructions
 import pytest
 import suite
 from device import Device
+from measure import Effort
 from opponents import OURS, Unavailable
 from replay import Replay, now
 
 
 @pytest.mark.benchmark(timer=now, disable_gc=True)
 @pytest.mark.parametrize("name", suite.BENCHMARKS)
-def bench(name: str, benchmark: Any, device: Device, effort: float, rounds: int | None) -> None:
+def bench(name: str, benchmark: Any, device: Device, effort: Effort) -> None:
     try:
-        report = suite.run(name, device, effort, rounds)
+        report = suite.run(name, device, effort)
     except Unavailable as reason:
         pytest.skip(str(reason))
     benchmark.group = "comparisons" if name in suite.COMPARISONS else "measures"

@@ -18,6 +18,8 @@ Shape = tuple[int, ...]
 
 # Gradients of this scale are usual, and their squares stay far away from fp32's slow subnormal range.
 GRADIENT_SCALE = 0.01
+# How many numbers are drawn; longer lists repeat them.
+NOISE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -166,14 +168,28 @@ def parameters(
 ) -> list[nn.Parameter]:
     """A case's parameters with normal random values and gradients of the same dtype."""
     generator = torch.Generator(device).manual_seed(seed)
-    made = []
+    # Drawing a billion numbers takes longer than stepping over them, and a step's speed does not depend on them.
+    values, slopes = (torch.randn(NOISE, generator=generator, device=device) for _ in range(2))
+    slopes.mul_(GRADIENT_SCALE)
+    made, start = [], 0
     for shape in case.shapes:
         # Drawn in fp32 whatever the dtype, so that cases of two dtypes start at the same values.
-        parameter = nn.Parameter(torch.randn(shape, generator=generator, device=device).to(dtype))
-        gradient = torch.randn(shape, generator=generator, device=device).mul_(GRADIENT_SCALE)
-        parameter.grad = gradient.to(dtype)
+        parameter = nn.Parameter(_repeated(values, start, shape, dtype))
+        parameter.grad = _repeated(slopes, start, shape, dtype)
+        start = (start + math.prod(shape)) % NOISE
         made.append(parameter)
     return made
+
+
+def _repeated(noise: torch.Tensor, start: int, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of a shape with the noise from `start` on, over and over."""
+    filled = torch.empty(math.prod(shape), dtype=dtype, device=noise.device)
+    done = 0
+    while done < filled.numel():
+        part = noise[start : start + filled.numel() - done]
+        filled[done : done + part.numel()] = part
+        done, start = done + part.numel(), 0
+    return filled.view(shape)
 
 
 def twin(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:

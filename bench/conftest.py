@@ -14,6 +14,7 @@ import suite
 import torch
 from cpu import package
 from device import Device
+from measure import Effort
 
 _skipped: dict[str, str] = {}
 
@@ -23,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", choices=suite.DEVICES, default="cpu", help="where to measure")
     group.addoption("--effort", type=float, default=1.0, help="scales the numbers of rounds")
     group.addoption("--rounds", type=int, help="rounds of each benchmark, instead of its own number")
+    group.addoption("--budget", type=float, default=11.0, help="seconds after which no further round is begun")
     group.addoption("--threads", type=int, help="threads of every side, instead of torch's default")
 
 
@@ -44,20 +46,16 @@ def device(request: pytest.FixtureRequest) -> Device:
 
 
 @pytest.fixture(scope="session")
-def effort(request: pytest.FixtureRequest) -> float:
-    return float(request.config.getoption("--effort"))
-
-
-@pytest.fixture(scope="session")
-def rounds(request: pytest.FixtureRequest) -> int | None:
-    return request.config.getoption("--rounds")
+def effort(request: pytest.FixtureRequest) -> Effort:
+    option = request.config.getoption
+    return Effort(option("--effort"), option("--rounds"), option("--budget"))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield
     if report.skipped and isinstance(report.longrepr, tuple):
-        _skipped[item.name] = str(report.longrepr[2]).removeprefix("Skipped: ")
+        _skipped[item.name.removeprefix("bench[").removesuffix("]")] = str(report.longrepr[2]).removeprefix("Skipped: ")
     return report
 
 

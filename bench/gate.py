@@ -31,15 +31,15 @@ import suite
 import torch
 from device import Cpu
 from figures import Figure
-from measure import Spread
+from measure import Effort, Spread
 from opponents import Unavailable
 
 BASELINE = Path(__file__).with_name("baseline.json")
 # Runs of the same code from which a baseline takes a ratio's spread, and tries before a fallen ratio is believed.
 RUNS = 3
 TRIES = 3
-# Times fewer rounds than in `make bench`: what the gate must see is a change, not a third digit.
-EFFORT = 0.5
+# Fewer rounds than in `make bench`: what the gate must see is a change, not a third digit.
+EFFORT = Effort(0.7, budget=15)
 WATCHED = ("ratio", "share")
 
 Ratios = dict[str, dict[str, Figure]]
@@ -157,7 +157,7 @@ def compare_ratios(run: Callable[[str], dict[str, Figure]], device: Mapping[str,
 def measure_ratios(name: str) -> dict[str, Figure]:
     """A benchmark's ratios to the near opponents and share of the ceiling, by label."""
     suite_run = suite.without_opponents(name)
-    report = suite_run(Cpu(), EFFORT, None)
+    report = suite_run(Cpu(), EFFORT)
     return {figure.of or figure.kind: figure for figure in report.figures if figure.kind in WATCHED}
 
 

@@ -12,7 +12,7 @@ import measure
 import opponents
 from device import Device, host_seconds
 from figures import Figure, Report, scaled
-from measure import Schedule, Side, growth_rate, ratio, slope, spread
+from measure import Effort, Schedule, Side, growth_rate, ratio, slope, spread
 from opponents import OPPONENTS, OURS, PLAIN, SYNC, K, Setting, Steps, Unavailable
 from steps import GRADIENTS, schedule
 
@@ -33,7 +33,7 @@ def makers(device: str, *names: str) -> list[tuple[str, Callable[[list[dict[str,
     return [(name, partial((first if name == OURS else OPPONENTS[name]).make, setting)) for name in names]
 
 
-def host_tensors(device: Device, effort: float = 1.0, rounds: int | None = None) -> Report:
+def host_tensors(device: Device, effort: Effort) -> Report:
     """What a step costs for each further tensor, with next to nothing to compute."""
     sizes = [cases.CASES[f"scalars-{count}"] for count in (1, 1000, 4000)]
     who_and_how = [(OURS, FRESH), (OURS, REUSED), (SYNC, FRESH)]
@@ -45,7 +45,7 @@ def host_tensors(device: Device, effort: float = 1.0, rounds: int | None = None)
             renew = partial(cases.renew_gradients, params) if gradients == FRESH else None
             optimizer = make(cases.groups(params, "one"))
             sides.append(Side(f"{who}, {gradients}, tensors: {case.tensors}", optimizer.step, renew))
-    plan = Schedule(rounds or max(round(12 * effort), 2), steps=2 * K, settle=K, period=K)
+    plan = Schedule(effort.of(12), steps=2 * K, settle=K, period=K, budget=effort.budget)
     samples = device.interleave(sides, plan)
 
     # The slope from one tensor leaves a step's fixed cost out. From 1000 to 4000 the tensor objects alone
@@ -62,7 +62,7 @@ def host_tensors(device: Device, effort: float = 1.0, rounds: int | None = None)
     return Report(f"host work per tensor of 1 element, AdamW, k={K}", f"{plan}; {spelled}", figures, samples)
 
 
-def host_groups(device: Device, effort: float = 1.0, rounds: int | None = None) -> Report:
+def host_groups(device: Device, effort: Effort) -> Report:
     """What a step costs for each further parameter group."""
     case = cases.CASES["groups-465"]
     sides = []
@@ -72,7 +72,7 @@ def host_groups(device: Device, effort: float = 1.0, rounds: int | None = None) 
             own = cases.groups(params, layout)
             renew = partial(cases.renew_gradients, params)
             sides.append(Side(f"{who}, groups: {len(own)}", make(own).step, renew))
-    plan = Schedule(rounds or max(round(12 * effort), 2), steps=2 * K, settle=K, period=K)
+    plan = Schedule(effort.of(12), steps=2 * K, settle=K, period=K, budget=effort.budget)
     samples = device.interleave(sides, plan)
 
     one, each, torch_one, torch_each = (side.name for side in sides)
@@ -92,7 +92,7 @@ def host_groups(device: Device, effort: float = 1.0, rounds: int | None = None) 
     return Report(title, f"{plan}; {SPELLED[FRESH]}", figures, samples)
 
 
-def host_alone(device: Device, effort: float = 1.0, rounds: int | None = None) -> Report:
+def host_alone(device: Device, effort: Effort) -> Report:
     """The host's time for a step of a GPU, the device's work not waited for. On a CPU there is no such thing."""
     if device.name == "cpu":
         raise Unavailable("on a CPU the host does the work: see host-tensors for what is not arithmetic")
@@ -101,17 +101,17 @@ def host_alone(device: Device, effort: float = 1.0, rounds: int | None = None) -
         params = cases.parameters(cases.CASES[name], device=device.name)
         for who, make in makers(device.name, OURS, SYNC, PLAIN):
             step = make(cases.groups(cases.twin(params), "one")).step
-            taken = [host_seconds(device, step) for _ in range((rounds or 10) * K + K)][K:]
+            taken = [host_seconds(device, step) for _ in range(effort.of(10) * K + K)][K:]
             value = scaled(spread(taken), 1e6)
             label = f"{cases.CASES[name].title}: {who}"
             figures.append(Figure(label, value, "µs", at_least=False, kind="host", of=f"{name}: {who}"))
     return Report(f"host work of a step, not waiting for the device, AdamW, k={K}", GRADIENTS, figures)
 
 
-def first_step(device: Device, effort: float = 1.0, rounds: int | None = None) -> Report:
+def first_step(device: Device, effort: Effort) -> Report:
     """From parameters with gradients to the end of the first step: construction, state, tables."""
     figures, samples = [], {}
-    plan = Schedule(rounds or max(round(5 * effort), 2), pause=0.0)
+    plan = Schedule(effort.of(5), pause=0.0, budget=effort.budget / 2)
     for name in ("resnet50", "many-small"):
         case = cases.CASES[name]
         params = cases.parameters(case, device=device.name)
@@ -157,29 +157,32 @@ class _First:
         return Side(self.name, self.step, self.prepare)
 
 
-def by_parameters(device: Device, effort: float = 1.0, rounds: int | None = None) -> Report:
+def by_parameters(device: Device, effort: Effort) -> Report:
     """From 10⁴ parameters to as many of 10⁹ as memory holds, in equally many tensors."""
-    have = device.available_bytes() - (1 << 30)
+    # Half of the memory: the other half is for whoever else is on the machine, and for time.
+    have = device.available_bytes() // 2
     sizes = [n for n in PARAMETERS if n * BYTES < have]
-    skipped = {f"{n:,} parameters": f"needs {n * BYTES / 2**30:.0f} GiB" for n in PARAMETERS if n not in sizes}
+    skipped = {
+        f"{n:,} parameters": f"needs {n * BYTES / 2**30:.0f} GiB; half of what is available: {have / 2**30:.0f} GiB"
+        for n in PARAMETERS
+        if n not in sizes
+    }
     if skipped:
         # The largest round number that fits beside what is left out.
         more = int(have / BYTES / 1e8) * 10**8
         sizes += [more] if more > sizes[-1] else []
     lists = [(n, cases.Case("", cases.equal(PARAMETER_TENSORS, n // PARAMETER_TENSORS))) for n in sizes]
-    report = _curve(device, "parameters", lists, effort, rounds)
+    report = _curve(device, "parameters", lists, effort)
     report.skipped = skipped
     return report
 
 
-def by_tensors(device: Device, effort: float = 1.0, rounds: int | None = None) -> Report:
+def by_tensors(device: Device, effort: Effort) -> Report:
     """From 1 tensor of 64 elements to 20,000."""
-    return _curve(device, "tensors", [(n, cases.Case("", cases.equal(n, 64))) for n in TENSORS], effort, rounds)
+    return _curve(device, "tensors", [(n, cases.Case("", cases.equal(n, 64))) for n in TENSORS], effort)
 
 
-def _curve(
-    device: Device, what: str, lists: Iterable[tuple[int, cases.Case]], effort: float, rounds: int | None
-) -> Report:
+def _curve(device: Device, what: str, lists: Iterable[tuple[int, cases.Case]], effort: Effort) -> Report:
     points: dict[str, list[measure.Spread]] = {OURS: [], SYNC: []}
     samples, figures, sizes = {}, [], []
     for size, case in lists:
@@ -188,7 +191,7 @@ def _curve(
             Side(who, make(cases.groups(params if who == OURS else cases.twin(params), "one")).step)
             for who, make in makers(device.name, OURS, SYNC)
         ]
-        plan = schedule(case.elements, K, rounds or max(round((5 if case.elements < 5e7 else 3) * effort), 2))
+        plan = schedule(case.elements, K, effort.of(5 if case.elements < 5e7 else 3), effort.budget / 4)
         taken = device.interleave(sides, plan)
         sizes.append(size)
         for who in points:

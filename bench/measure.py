@@ -59,6 +59,7 @@ class Schedule:
         settle: untimed steps at the start of a turn, which wake the threads and warm the caches.
         period: steps after which a side's work repeats (Lookahead's k): a round times whole periods.
         pause: seconds of sleep before a turn.
+        budget: seconds after which no further round is begun, once there are two.
 
     Raises:
         ValueError: if a round does not time whole periods, or a count is not positive.
@@ -70,6 +71,7 @@ class Schedule:
     settle: int = 0
     period: int = 1
     pause: float = PAUSE
+    budget: float = math.inf
 
     def __post_init__(self) -> None:
         for name in ("rounds", "turns", "steps", "period"):
@@ -83,10 +85,30 @@ class Schedule:
     def __str__(self) -> str:
         alternated = f"{self.steps} steps" if self.steps > 1 else "each step"
         settled = f", {self.settle} untimed steps first" if self.settle else ""
+        at_most = "" if self.budget == math.inf else "up to "
         return (
-            f"{self.rounds} rounds of {self.turns * self.steps} steps a side, alternated every "
+            f"{at_most}{self.rounds} rounds of {self.turns * self.steps} steps a side, alternated every "
             f"{alternated.removeprefix('each ')} after a pause of {self.pause * 1e3:.0f} ms{settled}"
         )
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much time measuring may take.
+
+    Attributes:
+        scale: multiplies each benchmark's own number of rounds.
+        rounds: what it is instead.
+        budget: see `Schedule`: of a benchmark's main interleaving; its lesser ones get a part.
+    """
+
+    scale: float = 1.0
+    rounds: int | None = None
+    budget: float = math.inf
+
+    def of(self, rounds: int) -> int:
+        """How many rounds a benchmark makes whose own number is `rounds`: at least two."""
+        return max(self.rounds or round(rounds * self.scale), 2)
 
 
 @dataclass(frozen=True)
@@ -137,7 +159,10 @@ def interleave(
     if len(set(names)) != len(names):
         raise ValueError(f"names of sides must differ, got {names}")
     samples: Samples = {name: [] for name in names}
+    start = time.perf_counter()
     for round_ in range(schedule.rounds + 1):
+        if round_ > 2 and time.perf_counter() - start > schedule.budget:
+            break
         seconds = dict.fromkeys(names, 0.0)
         for turn in range(schedule.turns):
             for side in _order(sides, round_ * schedule.turns + turn):

@@ -12,13 +12,13 @@ import measure
 import opponents
 from device import Device
 from figures import Figure, Report
-from measure import Spread, spread
+from measure import Effort, Spread, spread
 from opponents import OPPONENTS, OURS, K, Setting, Steps
 from steps import GRADIENTS
 from torch import Tensor
 
 
-def memory(device: Device, effort: float = 1.0, rounds: int | None = None) -> Report:
+def memory(device: Device, effort: Effort) -> Report:
     """What a step allocates, and what state it keeps, at 10 M and at 100 M parameters."""
     small, large = cases.CASES["memory-10m"], cases.CASES["memory-100m"]
     make = partial(opponents.ours(device.name)[0].make, Setting(device=device.name))
@@ -29,7 +29,7 @@ def memory(device: Device, effort: float = 1.0, rounds: int | None = None) -> Re
         before = _used(device)
         steps()
         state[case] = _used(device) - before
-        peak[case] = max(device.peak_growth(steps) for _ in range(rounds or 3))
+        peak[case] = max(device.peak_growth(steps) for _ in range(effort.rounds or 3))
         allocated[case] = measure.allocated_bytes(steps) if device.name == "cpu" else 0
         del optimizer, steps
         gc.collect()
@@ -53,7 +53,7 @@ def memory(device: Device, effort: float = 1.0, rounds: int | None = None) -> Re
     return Report("memory of a step that grows with the model", how, figures)
 
 
-def memory_of_all(device: Device, effort: float = 1.0, rounds: int | None = None) -> Report:
+def memory_of_all(device: Device, effort: Effort) -> Report:
     """State and peak growth of every opponent, in bytes a parameter, over ResNet-50."""
     case = cases.CASES["resnet50"]
     figures: list[Figure] = []

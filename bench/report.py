@@ -17,6 +17,7 @@ import predict
 from figures import QUIET, Figure
 from measure import Spread
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 STYLE = """body { font: 14px/1.45 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; color: #1a1a1a }
@@ -121,7 +122,7 @@ def to_terminal(content: dict[str, Any], console: Console) -> None:
         for name in header:
             shown.add_column(name, justify="right" if name in ("value", "ratio", "quartiles", "samples") else "left")
         for row in make(content):
-            shown.add_row(*row, style="bold" if row[-1].startswith(("slower", "missed")) else "")
+            shown.add_row(*map(escape, row), style="bold" if row[-1].startswith(("slower", "missed")) else "")
         console.print(shown)
     console.print(summary(ratio_rows(content)))
 

@@ -1,6 +1,6 @@
 """Every benchmark by its name: what `make bench`, `make bench-cpu`, `make gpu-report` and the gate choose from.
 
-A benchmark is a function of a device, an effort and a number of rounds that returns a report, or raises `Unavailable`
+A benchmark is a function of a device and an effort that returns a report, or raises `Unavailable`
 with the reason why it cannot be made here.
 """
 
@@ -14,10 +14,10 @@ import growth
 import memory
 from device import Cpu, Cuda, Device
 from figures import Report
-from measure import Others
+from measure import Effort, Others
 from steps import COMPARISONS, Comparison, compare
 
-Benchmark = Callable[[Device, float, "int | None"], Report]
+Benchmark = Callable[[Device, Effort], Report]
 
 DEVICES: dict[str, Callable[[], Device]] = {"cpu": Cpu, "cuda": Cuda}
 
@@ -48,14 +48,14 @@ def gated(comparison: Comparison) -> bool:
 GATED = tuple(name for name, comparison in COMPARISONS.items() if gated(comparison))
 
 
-def run(name: str, device: Device, effort: float = 1.0, rounds: int | None = None) -> Report:
+def run(name: str, device: Device, effort: Effort) -> Report:
     """Run a benchmark, and note what others did to the machine meanwhile.
 
     Raises:
         Unavailable: it cannot be made here; the message says why.
     """
     others = Others()
-    report = BENCHMARKS[name](device, effort, rounds)
+    report = BENCHMARKS[name](device, effort)
     report.others = others.share()
     report.about.setdefault("device", device.name)
     gc.collect()  # optimizers are cyclic: some gigabytes that the next benchmark needs

@@ -22,7 +22,7 @@ import predict
 import report
 import steps
 from device import Cpu, Cuda
-from measure import Schedule, Side
+from measure import Effort, Schedule, Side
 from opponents import OURS, PLAIN, SYNC, Setting, Unavailable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,9 +62,9 @@ def test_the_suite_writes_pytest_benchmarks_format(content: dict[str, Any]) -> N
 
 def test_what_was_not_run_is_told(content: dict[str, Any]) -> None:
     rows = dict(report.skipped_rows(content))
-    assert "host does the work" in rows["bench[host-alone]"]
+    assert "host does the work" in rows["host-alone"]
     if Cpu().available_bytes() < 50 << 30:
-        assert "GiB are available" in rows["bench[gpt2-xl-adamw]"]
+        assert "GiB are available" in rows["gpt2-xl-adamw"]
 
 
 def test_the_page_needs_no_other_file(content: dict[str, Any]) -> None:
@@ -202,7 +202,7 @@ def test_a_comparison_that_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch)
     device = Cpu()
     monkeypatch.setattr(device, "available_bytes", lambda: 10 << 30)
     with pytest.raises(Unavailable, match=r"needs \d+\.\d GiB, 10\.0 GiB are available"):
-        steps.compare(steps.COMPARISONS["gpt2-xl-adamw"], device)
+        steps.compare(steps.COMPARISONS["gpt2-xl-adamw"], device, Effort())
 
 
 @pytest.mark.parametrize(("name", "expected"), [(PLAIN, 8), (SYNC, 12)])
