@@ -3,12 +3,14 @@
 #   TORCH    what `pip install` is told to get torch:  make test TORCH="torch==2.14.1"
 #   TORCHES  the releases that `make test-torches` runs one wheel under
 #   ARCHS    what the CUDA module of `make wheel` is built for:  make wheel ARCHS="9.0 10.0+PTX"
+#   PICTURE  where `make bench` draws the ratios:  make bench PICTURE=bench/cpu.png
 #   ARGS     further arguments of the script or of pytest:  make test ARGS="-k checkpoint"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHES ?= 2.13.0 2.14.1
 WORKERS ?= 2
+PICTURE ?= build/bench/ratios.png
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -45,7 +47,7 @@ BENCH := -m pytest -q -p no:cacheprovider --benchmark-quiet bench/bench_suite.py
 bench: $(VENV)/.extra-test $(VENV)/.extra-demo ## every benchmark on this CPU: a table, build/bench/bench.json and report.html
 	@mkdir -p build/bench
 	$(PY) $(BENCH) --benchmark-json=build/bench/bench.json $(ARGS)
-	$(PY) bench/report.py build/bench/bench.json --html build/bench/report.html --picture build/bench/ratios.png \
+	$(PY) bench/report.py build/bench/bench.json --html build/bench/report.html --picture $(PICTURE) \
 	  --gpu gpu-report.json
 
 bench-check: $(VENV)/.extra-test ## compare with bench/baseline.json (ARGS=--counts: without ratios of times)
