@@ -23,7 +23,7 @@ CPP_FILES = $(shell find csrc bench tests -name '*.h' -o -name '*.cuh' -o -name 
 .PHONY: help demo test lint format bench bench-cpu bench-check bench-baseline bench-predict wheel test-torches sanitize gpu-report clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.extra-demo ## train with and without Lookahead and compare (QUICK=1: a short run)
 	$(PY) bench/demo.py $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)

@@ -30,6 +30,11 @@ def comparisons(content: Info) -> list[Info]:
     return [b["extra_info"] for b in content["benchmarks"] if "short" in b["extra_info"]]
 
 
+def times(ratio: float) -> str:
+    """A ratio as people read it."""
+    return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.1f}×"
+
+
 def of_kind(info: Info, *kinds: str) -> list[Info]:
     return [figure for figure in info["figures"] if figure["kind"] in kinds]
 
@@ -44,7 +49,7 @@ def ratios(content: Info, *, all_opponents: bool = True, title: str = "") -> Pic
     lines = [info for info in comparisons(content) if of_kind(info, "ratio")]
     height = 0.36 * len(lines) + 1.9
     picture, axes = plt.subplots(figsize=(10.5, height), dpi=110)
-    picture.subplots_adjust(left=0.30, right=0.83, top=1 - 0.95 / height, bottom=0.85 / height)
+    picture.subplots_adjust(left=0.385, right=0.83, top=1 - 0.95 / height, bottom=1.0 / height)
     largest, smallest, used = 1.5, 0.9, {}
     for row, info in enumerate(lines):
         axes.axhline(row, color=RULE, linewidth=0.8, zorder=0)
@@ -59,7 +64,7 @@ def ratios(content: Info, *, all_opponents: bool = True, title: str = "") -> Pic
             axes.plot([value["median"]], [row], mark, color=colour, markersize=6, zorder=4 if name in NEAR else 3)
             largest, smallest = max(largest, value["q3"]), min(smallest, value["q1"])
             if name in NEAR:
-                shown[name] = f"{value['median']:.3g}×"
+                shown[name] = times(value["median"])
         for column, name in ((0, SYNC), (1, PLAIN)):
             text = shown.get(name) or (shown.get(MASTERS, "") if column == 0 else "")
             colour = NEAR[name][0] if name in shown else NEAR[MASTERS][0]
@@ -89,8 +94,10 @@ def ratios(content: Info, *, all_opponents: bool = True, title: str = "") -> Pic
                       textcoords="offset points", va="bottom", size=8.5, color=PALE, annotation_clip=False)  # fmt: skip
     for spine in axes.spines.values():
         spine.set_visible(False)
+    # The near ones first, in their order.
+    used = {name: used[name] for name in (*NEAR, *used) if name in used}
     marks = [plt.Line2D([], [], color=c, marker=m, linestyle="", label=name) for name, (c, m) in used.items()]
-    picture.legend(handles=marks, loc="upper left", bbox_to_anchor=(0.005, 1 - 0.36 / height), ncols=4, frameon=False,
+    picture.legend(handles=marks, loc="upper left", bbox_to_anchor=(0.005, 1 - 0.36 / height), ncols=3, frameon=False,
                    fontsize=8.5, handletextpad=0.2, columnspacing=1.2)  # fmt: skip
     picture.text(0.012, 1 - 0.28 / height, title or "Times faster than each opponent, syncs included",
                  size=12.5, weight="bold", color=INK)  # fmt: skip
@@ -105,7 +112,7 @@ def shares(content: Info) -> Picture | None:
         return None
     height = 0.34 * len(bars) + 1.2
     picture, axes = plt.subplots(figsize=(10.5, height), dpi=110)
-    picture.subplots_adjust(left=0.30, right=0.90, top=1 - 0.6 / height, bottom=0.45 / height)
+    picture.subplots_adjust(left=0.385, right=0.90, top=1 - 0.6 / height, bottom=0.45 / height)
     for row, (_, value) in enumerate(bars):
         axes.barh(row, value["median"], height=0.6, color="#7fa8d1", zorder=2)
         axes.plot([value["q1"], value["q3"]], [row, row], color=INK, linewidth=1.3, zorder=3)
@@ -152,7 +159,7 @@ def memories(content: Info) -> Picture | None:
     peak = {f["of"]: f["value"]["median"] for f in figures if f["kind"] == "memory"}
     height = 0.34 * len(state) + 1.5
     picture, axes = plt.subplots(figsize=(10.5, height), dpi=110)
-    picture.subplots_adjust(left=0.40, right=0.92, top=1 - 0.6 / height, bottom=0.75 / height)
+    picture.subplots_adjust(left=0.40, right=0.92, top=1 - 0.95 / height, bottom=0.75 / height)
     for row, name in enumerate(state):
         axes.barh(row, state[name], height=0.6, color="#7fa8d1", zorder=2, label="state" if row == 0 else None)
         axes.barh(row, peak[name], left=state[name], height=0.6, color="#d1731e", zorder=2,
@@ -165,7 +172,7 @@ def memories(content: Info) -> Picture | None:
     axes.set_ylim(len(state) - 0.4, -0.6)
     axes.margins(x=0.12)
     axes.set_xlabel("bytes a parameter, beyond parameter and gradient", size=9, color=PALE)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     return _finish(picture, axes, "Memory: state, and what a step takes beyond it", height)
 
 
@@ -180,15 +187,15 @@ def _finish(picture: Picture, axes: Any, title: str, height: float) -> Picture:
 
 
 def footnote(content: Info) -> str:
-    """Two lines: with what the report was made, and how to read it."""
+    """With what the report was made, and how to read it."""
     where = content["conditions"]
     shares = [b["extra_info"]["others"] for b in content["benchmarks"] if b["extra_info"].get("others") is not None]
     others = f"; other processes had up to {max(shares):.0%} of the cores" if shares else ""
     return (
         f"{where['gpu'] or where['machine']}, {where['cores']} cores, {where['threads']} threads, "
-        f"torch {where['torch']}; "
-        f"fp32, k = 5 and one group where nothing else is said; {where['utc'][:10]}{others}\n"
-        "Mark: median of the ratios of interleaved rounds; line: their quartiles. 1×: equally fast. Logarithmic."
+        f"torch {where['torch']}; {where['utc'][:10]}{others}\n"
+        "fp32, k = 5 and one group where nothing else is said. Mark: median of the ratios of interleaved rounds; "
+        "line: their quartiles.\n1×: equally fast. The scale is logarithmic."
     )
 
 

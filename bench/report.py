@@ -42,7 +42,7 @@ def ratio_rows(content: dict[str, Any]) -> Rows:
                 [
                     info["short"],
                     figure["of"],
-                    f"{value['median']:.3g}×",
+                    pictures.times(value["median"]),
                     quartiles,
                     str(value["samples"]),
                     verdict + doubt,

@@ -70,7 +70,7 @@ class Comparison:
         parts = [cases.CASES[self.case].title, opponents.RULE_TITLES[setting.rule].partition(" ")[0]]
         parts += [setting.dtype] if setting.dtype != "fp32" else []
         parts += [f"k={setting.k}"] if setting.k != K else []
-        parts += {"one": [], "decay": ["2 groups"], "each": ["a group per tensor"]}[self.layout]
+        parts += {"one": [], "decay": ["2 groups"], "each": ["group per tensor"]}[self.layout]
         return ", ".join(parts)
 
 

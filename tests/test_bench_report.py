@@ -71,7 +71,7 @@ def test_the_page_needs_no_other_file(content: dict[str, Any]) -> None:
     page = report.to_html(content)
     assert 'src="data:image/png;base64,' in page
     assert "http" not in page
-    assert "1000 tensors of 64, AdamW, a group per tensor" in page
+    assert "1000 tensors of 64, AdamW, group per tensor" in page
     assert "A prediction, not a measurement" in page
     assert content["conditions"]["torch"] in page
 
