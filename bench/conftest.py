@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", choices=suite.DEVICES, default="cpu", help="where to measure")
     group.addoption("--effort", type=float, default=1.0, help="scales the numbers of rounds")
     group.addoption("--rounds", type=int, help="rounds of each benchmark, instead of its own number")
-    group.addoption("--budget", type=float, default=8.0, help="seconds after which no further round is begun")
+    group.addoption("--budget", type=float, default=5.0, help="seconds after which no further round is begun")
     group.addoption("--threads", type=int, help="threads of every side, instead of torch's default")
 
 
