@@ -3,12 +3,14 @@
 #   TORCH    what `pip install` is told to get torch:  make test TORCH="torch==2.14.1"
 #   TORCHES  the releases that `make test-torches` runs one wheel under
 #   ARCHS    what the CUDA module of `make wheel` is built for:  make wheel ARCHS="9.0 10.0+PTX"
+#   PICTURE  where `make bench` draws the ratios:  make bench PICTURE=bench/cpu.png
 #   ARGS     further arguments of the script or of pytest:  make test ARGS="-k checkpoint"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHES ?= 2.13.0 2.14.1
 WORKERS ?= 2
+PICTURE ?= build/bench/ratios.png
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -18,10 +20,10 @@ PYTEST := -m pytest -n $(WORKERS) --dist loadgroup --benchmark-disable
 CPP_FILES = $(shell find csrc bench tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench-cpu wheel test-torches sanitize gpu-report clean
+.PHONY: help demo test lint format bench bench-cpu bench-check bench-baseline bench-predict wheel test-torches sanitize gpu-report clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.extra-demo ## train with and without Lookahead and compare (QUICK=1: a short run)
 	$(PY) bench/demo.py $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
@@ -39,6 +41,23 @@ format: $(VENV)/.extra-lint ## rewrite the sources as `make lint` wants them
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
+
+BENCH := -m pytest -q -p no:cacheprovider --benchmark-quiet bench/bench_suite.py
+
+bench: $(VENV)/.extra-test $(VENV)/.extra-demo ## every benchmark on this CPU: a table, build/bench/bench.json and report.html
+	@mkdir -p build/bench
+	$(PY) $(BENCH) --benchmark-json=build/bench/bench.json $(ARGS)
+	$(PY) bench/report.py build/bench/bench.json --html build/bench/report.html --picture $(PICTURE) \
+	  --gpu gpu-report.json
+
+bench-check: $(VENV)/.extra-test ## compare with bench/baseline.json (ARGS=--counts: without ratios of times)
+	$(PY) bench/gate.py check $(ARGS)
+
+bench-baseline: $(VENV)/.extra-test ## renew bench/baseline.json (ARGS=--counts: keep its ratios of times)
+	$(PY) bench/gate.py baseline $(ARGS)
+
+bench-predict: $(VENV)/.extra-demo ## a prediction for GPUs, beside what make gpu-report measured
+	$(PY) bench/predict.py gpu-report.json
 
 bench-cpu: $(VENV)/.built ## step times against torch's optimizers on this CPU
 	$(PY) bench/cpu.py $(ARGS)
@@ -65,13 +84,15 @@ sanitizer-found:
 	@command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not on PATH; it comes with the CUDA toolkit, \
 	and with NVIDIA's package nvidia-cuda-sanitizer-api (in nvidia/cu13/bin of site-packages)"; exit 1; }
 
-gpu-report: $(VENV)/.extra-test ## all that a first GPU is for, in one file: gpu-report.txt
+gpu-report: $(VENV)/.extra-test $(VENV)/.extra-demo ## all that a first GPU is for: gpu-report.txt and .json
 	@$(PY) tests/gpu_report.py gpu-report.txt \
 	  environment "$(PY) -m lookahead_fused" \
 	  --gpu driver "nvidia-smi" \
-	  tests "$(PY) -m pytest -q -p no:cacheprovider --benchmark-disable -k cuda $(ARGS) tests" \
+	  tests "$(PY) -m pytest -q -p no:cacheprovider --benchmark-disable -k \"cuda or triton\" $(ARGS) tests" \
 	  --gpu sanitizer "make --no-print-directory sanitize" \
-	  --gpu benchmark "$(PY) bench/gpu.py"
+	  --gpu benchmark "$(PY) $(BENCH) --device cuda --benchmark-json=gpu-report.json" \
+	  --gpu ratios "$(PY) bench/report.py gpu-report.json" \
+	  --gpu prediction "$(PY) bench/predict.py gpu-report.json"
 
 # PYTHONSAFEPATH keeps the source tree off sys.path; the suite checks that it runs the package it is told to expect.
 test-torches: $(VENV)/.tools ## the whole suite against one wheel under each release in TORCHES

@@ -9,12 +9,20 @@ import ctypes
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+
+class _Row(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("param", "grad", "first", "second", "slow")),
+        ("elements", ctypes.c_size_t),
+    ]
+
 
 SOURCE = Path(__file__).with_name("ceiling.cpp")
 BUILD = SOURCE.parent.parent / "build" / "bench"
@@ -43,52 +51,50 @@ def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(target))
     loaded.ceiling_variant_name.restype = ctypes.c_char_p
     loaded.ceiling_pass.argtypes = [
-        ctypes.c_int, *[ctypes.c_void_p] * 5, ctypes.c_size_t, ctypes.c_uint32, ctypes.c_size_t
+        ctypes.c_int, ctypes.POINTER(_Row), ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint32,
+        ctypes.c_size_t,
     ]  # fmt: skip
     return loaded
 
 
+@cache
 def variants() -> list[str]:
     """The names of the loops. Which is fastest differs between machines; only the fastest is the ceiling."""
     return [library().ceiling_variant_name(i).decode() for i in range(library().ceiling_variants())]
 
 
-@dataclass
 class Ceiling:
-    """Passes that move the bytes of AdamW with Lookahead over one parameter.
+    """Passes that move the bytes of a step with Lookahead over an optimizer's tensors.
 
-    Attributes:
+    Args:
         variant: a name of ``variants()``.
-        param, grad, exp_avg, exp_avg_sq, slow: contiguous tensors of one size, 32-bit elements. All are read,
-            and all but grad written, with the bits they have.
+        rows: for each parameter param, grad, one or two moments, and slow last: contiguous tensors of one size.
+            Param and grad share a dtype of 16 or 32 bits, the others have 32. All are read, and all but grad written,
+            with the bits they have.
         k: every k-th pass moves ``slow`` too.
         threads: how many threads share a pass; torch's number when None.
         mask: bits of grad that are mixed into the others: 0 keeps all values, tests set more.
     """
 
-    variant: str
-    param: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    slow: Tensor
-    k: int
-    threads: int | None = None
-    mask: int = 0
-    passes: int = 0
+    def __init__(
+        self, variant: str, rows: Sequence[Sequence[Tensor]], k: int, threads: int | None = None, mask: int = 0
+    ) -> None:
+        self.variant = variant
+        self.rows = rows  # kept alive: the loops have their addresses
+        self.k = k
+        self.threads = threads
+        self.mask = mask
+        self.passes = 0
+        self.per_word = 4 // rows[0][0].element_size()
+        self.table = (_Row * len(rows))()
+        for entry, (param, grad, first, *second, slow) in zip(self.table, rows, strict=True):
+            entry.param, entry.grad, entry.first, entry.slow = (x.data_ptr() for x in (param, grad, first, slow))
+            entry.second = second[0].data_ptr() if second else None
+            entry.elements = param.numel()
 
     def step(self) -> None:
         self.passes += 1
-        slow = self.slow.data_ptr() if self.passes % self.k == 0 else None
-        others = (self.param, self.grad, self.exp_avg, self.exp_avg_sq)
-        result = library().ceiling_pass(
-            variants().index(self.variant),
-            *(tensor.data_ptr() for tensor in others),
-            slow,
-            self.param.numel(),
-            self.mask,
-            self.threads or torch.get_num_threads(),
-        )
+        result = self._pass(len(self.rows), self.passes % self.k == 0)
         if result:
             reason = (
                 "",
@@ -100,4 +106,10 @@ class Ceiling:
     @property
     def works(self) -> bool:
         """Whether this machine has the instructions the variant needs."""
-        return not library().ceiling_pass(variants().index(self.variant), None, None, None, None, None, 0, 0, 1)
+        return not self._pass(0, False)
+
+    def _pass(self, count: int, slow: bool) -> int:
+        threads = self.threads or torch.get_num_threads()
+        number = variants().index(self.variant)
+        result: int = library().ceiling_pass(number, self.table, count, self.per_word, slow, self.mask, threads)
+        return result

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,6 +59,7 @@ class Schedule:
         settle: untimed steps at the start of a turn, which wake the threads and warm the caches.
         period: steps after which a side's work repeats (Lookahead's k): a round times whole periods.
         pause: seconds of sleep before a turn.
+        budget: seconds after which no further round is begun, once there are two.
 
     Raises:
         ValueError: if a round does not time whole periods, or a count is not positive.
@@ -68,6 +71,7 @@ class Schedule:
     settle: int = 0
     period: int = 1
     pause: float = PAUSE
+    budget: float = math.inf
 
     def __post_init__(self) -> None:
         for name in ("rounds", "turns", "steps", "period"):
@@ -81,10 +85,30 @@ class Schedule:
     def __str__(self) -> str:
         alternated = f"{self.steps} steps" if self.steps > 1 else "each step"
         settled = f", {self.settle} untimed steps first" if self.settle else ""
+        at_most = "" if self.budget == math.inf else "up to "
         return (
-            f"{self.rounds} rounds of {self.turns * self.steps} steps a side, alternated every "
+            f"{at_most}{self.rounds} rounds of {self.turns * self.steps} steps a side, alternated every "
             f"{alternated.removeprefix('each ')} after a pause of {self.pause * 1e3:.0f} ms{settled}"
         )
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much time measuring may take.
+
+    Attributes:
+        scale: multiplies each benchmark's own number of rounds.
+        rounds: what it is instead.
+        budget: see `Schedule`: of a benchmark's main interleaving; its lesser ones get a part.
+    """
+
+    scale: float = 1.0
+    rounds: int | None = None
+    budget: float = math.inf
+
+    def of(self, rounds: int) -> int:
+        """How many rounds a benchmark makes whose own number is `rounds`: at least two."""
+        return max(self.rounds or round(rounds * self.scale), 2)
 
 
 @dataclass(frozen=True)
@@ -113,7 +137,8 @@ def interleave(
     sides: Sequence[Side],
     schedule: Schedule,
     *,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], Any] = time.perf_counter,
+    between: Callable[[Any, Any], float] = lambda start, end: end - start,
     sleep: Callable[[float], object] = time.sleep,
 ) -> Samples:
     """Time the sides in turns.
@@ -123,7 +148,9 @@ def interleave(
     Args:
         sides: what to compare; names must differ.
         schedule: how they take turns.
-        clock, sleep: replaced by tests.
+        clock: marks a moment.
+        between: the seconds from one mark to another, asked for when a turn is over.
+        sleep: replaced by tests.
 
     Returns:
         For each side's name its seconds a step, one number per round; the same index is the same round.
@@ -132,11 +159,14 @@ def interleave(
     if len(set(names)) != len(names):
         raise ValueError(f"names of sides must differ, got {names}")
     samples: Samples = {name: [] for name in names}
+    start = time.perf_counter()
     for round_ in range(schedule.rounds + 1):
+        if round_ > 2 and time.perf_counter() - start > schedule.budget:
+            break
         seconds = dict.fromkeys(names, 0.0)
         for turn in range(schedule.turns):
             for side in _order(sides, round_ * schedule.turns + turn):
-                seconds[side.name] += _turn(side, schedule, clock, sleep)
+                seconds[side.name] += _turn(side, schedule, clock, between, sleep)
         if round_:
             for name in names:
                 samples[name].append(seconds[name] / (schedule.turns * schedule.steps))
@@ -150,7 +180,13 @@ def _order(sides: Sequence[Side], turn: int) -> list[Side]:
     return order if turn % 2 == 0 else order[::-1]
 
 
-def _turn(side: Side, schedule: Schedule, clock: Callable[[], float], sleep: Callable[[float], object]) -> float:
+def _turn(
+    side: Side,
+    schedule: Schedule,
+    clock: Callable[[], Any],
+    between: Callable[[Any, Any], float],
+    sleep: Callable[[float], object],
+) -> float:
     """The seconds of one turn's timed steps."""
     gc.collect(0)
     collecting = gc.isenabled()
@@ -165,14 +201,15 @@ def _turn(side: Side, schedule: Schedule, clock: Callable[[], float], sleep: Cal
             start = clock()
             for _ in range(schedule.steps):
                 side.step()
-            return clock() - start
-        seconds = 0.0
+            return between(start, clock())
+        marks = []
         for _ in range(schedule.steps):
             side.prepare()
             start = clock()
             side.step()
-            seconds += clock() - start
-        return seconds
+            marks.append((start, clock()))
+        # Only now: to ask a GPU for a time is to wait for it.
+        return sum(between(start, end) for start, end in marks)
     finally:
         if collecting:
             gc.enable()
@@ -202,6 +239,11 @@ def slope(samples: Samples, small: str, large: str, further: int) -> Spread:
         [(b - a) / further for a, b in pairs],
         (statistics.median(samples[large]) - statistics.median(samples[small])) / further,
     )
+
+
+def growth_rate(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """The exponent b of seconds = a size^b, by least squares over the logarithms: 1 is linear growth."""
+    return statistics.linear_regression([math.log(x) for x in sizes], [math.log(y) for y in seconds]).slope
 
 
 def fastest(samples: Samples, names: Sequence[str]) -> str:
@@ -263,6 +305,15 @@ def _status(key: str) -> int:
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def available_bytes() -> int:
+    """Memory that a process can have now without anything being swapped out. Linux; elsewhere all there is."""
+    info = Path("/proc/meminfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def allocated_bytes(run: Callable[[], object]) -> int:

@@ -201,8 +201,8 @@ def test_machine_code_spills_and_fuses_nothing(target: str, tmp_path: Path) -> N
         path = tmp_path / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])
         (code,) = cuda_code.kernels(path)
-        # Three blocks of 128 threads are resident, with four arrays' 32 bytes for each thread: 48 KiB under way. In fp64
-        # two are, with 64 bytes.
+        # Three blocks of 128 threads are resident, with four arrays' 32 bytes for each thread: 48 KiB under way. In
+        # fp64 two are, with 64 bytes.
         most = 65536 // ((2 if "float64" in where else 3) * 128)
         assert (code.local, code.registers <= most) == (0, True), f"{where}: {code.registers} registers"
         opcodes = code.opcodes()
