@@ -27,27 +27,23 @@ th { text-align: left; color: #757575 } td.n { text-align: right; font-variant-n
 img { max-width: 100% } code { white-space: pre-wrap }"""
 
 Rows = list[list[str]]
+RATIOS = ("ratio", "growth", "first step")
 
 
 def ratio_rows(content: dict[str, Any]) -> Rows:
     """A row for every ratio that was measured, in the order of the suite."""
     rows = []
-    for info in pictures.comparisons(content):
+    for benchmark in content["benchmarks"]:
+        info = benchmark["extra_info"]
         doubt = " (machine busy)" if (info.get("others") or 0) > QUIET else ""
-        for figure in pictures.of_kind(info, "ratio"):
+        for figure in pictures.of_kind(info, *RATIOS):
             value = figure["value"]
-            quartiles = f"{value['q1']:.3g} – {value['q3']:.3g}"
-            verdict = pictures.verdict(value)
-            rows.append(
-                [
-                    info["short"],
-                    figure["of"],
-                    pictures.times(value["median"]),
-                    quartiles,
-                    str(value["samples"]),
-                    verdict + doubt,
-                ]
-            )
+            if figure["unit"] != "x":
+                continue
+            quartiles, count = f"{value['q1']:.3g} – {value['q3']:.3g}", str(value["samples"])
+            where = info.get("short") or info["title"]
+            verdict = pictures.verdict(value) + doubt
+            rows.append([where, figure["of"], pictures.times(value["median"]), quartiles, count, verdict])
     return rows
 
 
@@ -75,7 +71,8 @@ def other_rows(content: dict[str, Any]) -> Rows:
         info = benchmark["extra_info"]
         where = info.get("short") or info["title"]
         for figure in info["figures"]:
-            if figure["kind"] != "ratio" and figure["target"] is None:
+            shown = figure["unit"] == "x" and figure["kind"] in RATIOS
+            if not shown and figure["target"] is None:
                 value = figure["value"]
                 quartiles = f"{value['q1']:.3g} – {value['q3']:.3g}" if value["samples"] > 1 else ""
                 rows.append([where, figure["label"], f"{value['median']:.4g} {figure['unit']}", quartiles])

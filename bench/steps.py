@@ -171,7 +171,9 @@ def compare(comparison: Comparison, device: Device, effort: Effort) -> Report:
         ceilings = device.ceilings(_rows(mine, params, setting), setting.k)
         if comparison.share_target is None:
             del ceilings[1:]  # what only informs needs no second candidate
-    turns = schedule(case.elements, setting.k, effort.of(comparison.rounds), effort.budget)
+    # A figure with a target gets twice the time of one that informs.
+    budget = effort.budget * (2 if comparison.targets else 1)
+    turns = schedule(case.elements, setting.k, effort.of(comparison.rounds), budget)
     samples = device.interleave([*sides, *ceilings], turns)
     figures = [
         Figure(
