@@ -165,6 +165,14 @@ def runtime() -> Iterator[ctypes.CDLL]:
     library.control_reset()
 
 
+@pytest.fixture
+def host() -> Iterator[Any]:
+    """The Triton backend on the host, which is a backend for as long."""
+    module = triton_on_host.backend()
+    with mock.patch.dict(BACKENDS, {triton_on_host.NAME: module}):
+        yield module
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

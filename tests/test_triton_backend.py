@@ -1,4 +1,4 @@
-"""The Triton backend's Python: launches, uploads, captures and compilations, what is said where it does not serve.
+"""The Triton backend's Python: launches, uploads and compilations, what is said where it does not serve.
 
 The backend-parametrised suite runs through `triton_on_host` for numbers; here is what a recorder in a launch's place,
 or a driver that launches nothing, can tell.
@@ -7,62 +7,25 @@ or a driver that launches nothing, can tell.
 from __future__ import annotations
 
 import copy
-import gc
 import sys
 import time
 import types
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import triton_on_host
-from helpers import BackendCase, make_grads, make_optimizer, make_params, same_tensor_bits, seeded, set_grad
+from cuda_host import RULES
+from helpers import make_optimizer, make_params
 from torch import Tensor
+from triton_host import HOST, Recorder, needs_triton, set_grads
 
 import lookahead_fused
 from lookahead_fused import build
 from lookahead_fused.backends import BACKENDS, choose, triton
-
-needs_triton = pytest.mark.skipif(bool(triton_on_host.missing()), reason=f"runs Triton: {triton_on_host.missing()}")
-HOST = BackendCase(triton_on_host.NAME, "cpu", 0.0)
-RULES: dict[str, dict[str, Any]] = {
-    "adamw": {"lr": 0.1, "weight_decay": 0.1, "k": 3},
-    "adam": {"lr": 0.1, "weight_decay": 0.1, "amsgrad": True, "pullback_momentum": "pullback", "k": 3},
-    "sgd": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "pullback_momentum": "reset", "k": 3},
-}
-
-
-@pytest.fixture
-def host() -> Iterator[Any]:
-    """The backend on the host, which is a backend for as long."""
-    module = triton_on_host.backend()
-    with mock.patch.dict(BACKENDS, {triton_on_host.NAME: module}):
-        yield module
-
-
-def set_grads(params: list[torch.nn.Parameter], seed: int) -> None:
-    for p, g in zip(params, make_grads(params, generator=seeded(seed)), strict=True):
-        set_grad(p, g)
-
-
-class Recorder:
-    """In a kernel's place: counts its launches, and makes them or keeps them."""
-
-    def __init__(self, kernel: Any, kept: list[Callable[[], None]] | None = None) -> None:
-        self.kernel, self.kept, self.grids = kernel, kept, []  # type: ignore[var-annotated]
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*args: Any, **options: Any) -> None:
-            self.grids.append(grid)
-            if self.kept is not None:
-                self.kept.append(lambda: self.kernel[grid](*args, **options))
-
-        return launch
-
 
 # ------------------------------------------------------------------------------------------------------------
 # launches, uploads, memory
@@ -171,112 +134,6 @@ def test_streams_that_read_its_memory_are_made_known(host: Any, monkeypatch: pyt
         memory = {x.data_ptr() for x in vars(stepper).values() if isinstance(x, Tensor)}
         on_the_host = {x.data_ptr() for x in (stepper.staged, stepper.uploaded, stepper.spare)}
         assert set(used) == (memory - on_the_host if expected else set())
-
-
-# ------------------------------------------------------------------------------------------------------------
-# captured graphs
-
-
-class Graph:
-    """What a captured step leaves: the copy of what moves, and the launches."""
-
-    def __init__(self, host: Any, optimizer: torch.optim.Optimizer) -> None:
-        self.launches: list[Callable[[], None]] = []
-        kernels = triton_on_host.kernels()
-        stepper = optimizer._table._parts[0].stepper  # type: ignore[attr-defined]
-        recorders = {name: Recorder(getattr(kernels, name), self.launches) for name in ("rows", "chunks")}
-        stepper.kernels = types.SimpleNamespace(**{**vars(kernels), **recorders})
-        made: list[Tensor] = []
-
-        def empty_like(of: Tensor, **options: Any) -> Tensor:
-            made.append(torch.zeros_like(of, **options))
-            return made[-1]
-
-        with (
-            mock.patch.object(host, "_is_capturing", return_value=True),
-            mock.patch.object(host.torch, "empty_like", empty_like),
-        ):
-            optimizer.step()
-        stepper.kernels = kernels
-        self.source, (self.moving,) = weakref.ref(stepper.source), made
-
-    def replay(self) -> None:
-        source = self.source()
-        assert source is not None, "what a replay copies from is gone"
-        self.moving.copy_(source)
-        for launch in self.launches:
-            launch()
-
-
-@needs_triton
-@pytest.mark.parametrize("rule", RULES)
-def test_replays_are_steps(host: Any, rule: str) -> None:
-    """Eager steps on other gradients, with another lr, in between: a replay still has its own."""
-    runs = []
-    for captured in (False, True):
-        lr = torch.tensor(0.1)
-        params = make_params([(5,), (300,)])
-        optimizer = make_optimizer(rule, params, HOST, **{**RULES[rule], "lr": lr})
-        set_grads(params, 0)
-        optimizer.step()
-        static = make_grads(params, generator=seeded(1))
-        for p, g in zip(params, static, strict=True):
-            p.grad = g
-        graph = Graph(host, optimizer) if captured else None
-        for t in range(12):
-            for p, g, value in zip(params, static, make_grads(params, generator=seeded(10 + t)), strict=True):
-                g.copy_(value)
-                p.grad = g
-            lr.fill_(0.1 / (t + 1))
-            optimizer.step() if graph is None else graph.replay()
-            if t % 5 == 4:
-                set_grads(params, 100 + t)
-                optimizer.step()
-        runs.append(params)
-        assert all(optimizer.state[p]["step"].item() == 15 for p in params)
-    for p, q in zip(*runs, strict=True):
-        assert same_tensor_bits(p, q)
-
-
-@needs_triton
-def test_a_graph_outlives_its_optimizer(host: Any) -> None:
-    """It keeps what it reads and writes for as long as its parameters are there, and no longer."""
-    params = make_params([(64,), (3, 4)])
-    optimizer = make_optimizer("adamw", params, HOST, lr=0.1, k=2)
-    set_grads(params, 1)
-    optimizer.step()
-    graph = Graph(host, optimizer)
-    state = [weakref.ref(value) for p in params for name, value in optimizer.state[p].items()]
-    del optimizer
-    gc.collect()
-    assert all(reference() is not None for reference in state)
-    before = [p.detach().clone() for p in params]
-    graph.replay()
-    assert all(not torch.equal(p, b) for p, b in zip(params, before, strict=True))
-    graph.launches.clear()
-    params.clear()
-    gc.collect()
-    assert graph.source() is None
-    assert all(reference() is None for reference in state)
-
-
-@needs_triton
-def test_captures_pin_no_memory(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That may not be done while a stream is being captured: it was done before, and the same again needs no more."""
-    params = make_params([(5,)])
-    optimizer = make_optimizer("adamw", params, HOST)
-    set_grads(params, 1)
-    optimizer.step()
-    pinned = mock.Mock(side_effect=AssertionError("pinned memory in a capture"))
-    with mock.patch.object(host, "_pinned", pinned):
-        first, second = Graph(host, optimizer), Graph(host, optimizer)
-    assert first.source() is second.source()
-    optimizer.step()
-    set_grads(params, 2)
-    with mock.patch.object(host, "_pinned", pinned):
-        third = Graph(host, optimizer)
-    assert third.source() is not first.source()
-    assert first.source() is not None
 
 
 # ------------------------------------------------------------------------------------------------------------
