@@ -69,7 +69,8 @@ def count() -> dict[str, float]:
         library, out = Path(folder) / "switch.so", Path(folder) / "callgrind.out"
         build = [str(_compiler()), "-O1", "-shared", "-fPIC", str(SOURCE), "-o", str(library)]
         _run(build, {})
-        one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+        # The modules beside this one are looked for there whatever the caller thinks of that.
+        one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "PYTHONSAFEPATH": ""}
         command = [
             "valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={out}",
             sys.executable, str(Path(__file__)), str(library),

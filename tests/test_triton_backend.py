@@ -7,6 +7,7 @@ or a driver that launches nothing, can tell.
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 import time
 import types
@@ -187,9 +188,11 @@ def driver(host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterato
     with compiler.knobs.cache.scope():
         compiler.knobs.cache.dir = str(tmp_path)
         yield Driver
-    config._active = before
     for kernel in (triton.kernels().rows, triton.kernels().chunks):
         kernel.device_caches.clear()
+    # What was compiled unloads itself by the driver that loaded it.
+    gc.collect()
+    config._active = before
 
 
 def compilations() -> int:
