@@ -23,6 +23,9 @@ from lookahead_fused.backends import BACKENDS
 # its compiler is known to give them: test_triton_code.py reads what it makes for NVIDIA's.
 ULPS_PER_STEP = {"triton": 0.0 if torch.version.cuda is not None else 1.0}
 
+# These ask within a tolerance what test_bits asks of the same options to the bit: in the interpreter, one case does.
+ASKED_TO_THE_BIT = ("test_fp64_is_the_textbook", "test_fp32_is_torch_with_a_manual_sync")
+
 # Backends on the host, by the modules that stand in for a device.
 STAND_INS = {module.NAME: module for module in (cuda_on_host, triton_on_host)}
 
@@ -76,8 +79,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if getattr(params.get("backend"), "name", "") == triton_on_host.NAME:
             interpreted.setdefault(item.function, []).append(item)
     left_out = set()
-    for cases in interpreted.values():
+    for function, cases in interpreted.items():
         chosen = covering([parameters(item) for item in cases])
+        if function.__name__ in ASKED_TO_THE_BIT:
+            chosen = {min(chosen)}
         left_out.update(item for i, item in enumerate(cases) if i not in chosen)
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
