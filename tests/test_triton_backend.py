@@ -305,6 +305,12 @@ def test_broken(fresh: pytest.MonkeyPatch) -> None:
 
 
 @needs_triton
+def test_too_old(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(triton, "version", lambda: "3.7.1")
+    assert triton.unavailable(torch.device("cuda")) == "triton 3.7.1 is too old: install 3.8 or newer"
+
+
+@needs_triton
 def test_without_a_driver(fresh: pytest.MonkeyPatch) -> None:
     from triton.runtime import driver as config
 

@@ -28,6 +28,9 @@ NAME = "triton"
 # CUDA is AMD's ROCm too. For the last two there are drivers outside of Triton's own releases.
 DEVICES: tuple[str, ...] = ("cuda", "xpu", "npu", "mtia")
 
+# Older ones do not take a count out of a namedtuple for a compile-time constant, and compile none of the kernels.
+OLDEST = (3, 8)
+
 # What captured graphs read, for as long as there is a parameter that they write.
 _captured: Any = WeakIdKeyDictionary()
 
@@ -155,6 +158,8 @@ def _broken(device_type: str) -> str:
     try:
         from triton.runtime import driver
 
+        if tuple(int(part) for part in version().split(".")[:2]) < OLDEST:
+            return f"triton {version()} is too old: install {'.'.join(map(str, OLDEST))} or newer"
         kernels()
         served = driver.active.get_active_torch_device().type
     except Exception as error:
