@@ -306,8 +306,8 @@ def test_broken(fresh: pytest.MonkeyPatch) -> None:
 
 @needs_triton
 def test_too_old(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setattr(triton, "version", lambda: "3.7.1")
-    assert triton.unavailable(torch.device("cuda")) == "triton 3.7.1 is too old: install 3.8 or newer"
+    fresh.setattr(triton, "version", lambda: "3.6.0")
+    assert triton.unavailable(torch.device("cuda")) == "triton 3.6.0 is too old: install 3.7 or newer"
 
 
 @needs_triton

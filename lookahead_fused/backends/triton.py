@@ -28,8 +28,8 @@ NAME = "triton"
 # CUDA is AMD's ROCm too. For the last two there are drivers outside of Triton's own releases.
 DEVICES: tuple[str, ...] = ("cuda", "xpu", "npu", "mtia")
 
-# Older ones do not take a count out of a namedtuple for a compile-time constant, and compile none of the kernels.
-OLDEST = (3, 8)
+# The assembler that comes with 3.6 fuses pairs of operations for compute capability 10 and 12, told not to or not.
+OLDEST = (3, 7)
 
 # What captured graphs read, for as long as there is a parameter that they write.
 _captured: Any = WeakIdKeyDictionary()
@@ -91,8 +91,8 @@ class Stepper:
         self.rule = self.kernels.RULES[part.rule.name]
         self.dtypes = self.kernels.DTYPES[part.param_dtype], self.kernels.DTYPES[part.grad_dtype]
         self.row_count, self.chunk_count = table.row_count, table.chunk_count
-        numbers = self.kernels.SYNC.value + self.rule.coefficients
-        self.steps = torch.empty(self.row_count * numbers, dtype=compute_dtype(part.param_dtype), device=part.device)
+        numbers = self.row_count * (self.kernels.SYNC + self.rule.coefficients).value
+        self.steps = torch.empty(numbers, dtype=compute_dtype(part.param_dtype), device=part.device)
         self.warps = self.kernels.THREADS // _warp_size()
 
     def step(self, part: Part, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

@@ -98,8 +98,6 @@ Rule = namedtuple("Rule", "prepare update reads_gradient hypers coefficients mom
 # ---- csrc/rules/adam.h
 
 AdamHyper = namedtuple("AdamHyper", _native.rules()["adam"][0])
-
-
 AdamCoefficients = namedtuple(
     "AdamCoefficients",
     "gradient_factor decay weight_decay exp_avg_factor exp_avg_from_a beta2 one_minus_beta2 step_size "
@@ -153,8 +151,6 @@ def adam_update(c, p, g, moments):
 # ---- csrc/rules/sgd.h
 
 SgdHyper = namedtuple("SgdHyper", _native.rules()["sgd"][0])
-
-
 SgdCoefficients = namedtuple(
     "SgdCoefficients", "gradient_factor weight_decay momentum one_minus_dampening lr decays accelerated nesterov first"
 )
@@ -192,10 +188,7 @@ def sgd_update(c, p, g, moments):
 
 # ---- csrc/rules/sync.h
 
-
 Sync = namedtuple("Sync", "alpha_factor alpha_from_a due capture pullback")
-
-
 SYNC = constexpr(len(Sync._fields))
 
 
@@ -261,7 +254,6 @@ def rows(fixed, moving, steps, grad_scale, found_inf, row_count, gradients_at, r
 
 
 # ---- csrc/cuda/walk.cuh
-
 
 # A chunk's own part of its row's arrays, near null where it has none; and whether it has.
 Arrays = namedtuple("Arrays", "param grad master slow slow_moment moments has_master has_moment")
@@ -383,16 +375,17 @@ def chunks(fixed, moving, steps, found_inf, chunks_at, gradients_at, rule: const
                     elements(at, own, sync, c, begin + lane, begin + lane < count, rule, P, T)
 
 
-def _rule(prepare: Any, update: Any, name: str, coefficients: type[tuple[Any, ...]] | None, always: int) -> Rule:
+def _rule(prepare: Any, update: Any, name: str, coefficients: tuple[str, ...], always: int) -> Rule:
     hypers, moments = _native.rules()[name]
-    count = 0 if coefficients is None else len(coefficients._fields)
-    return Rule(prepare, update, coefficients is not None, len(hypers), count, len(moments), always)
+    numbers = bool(coefficients), len(hypers), len(coefficients), len(moments), always
+    # As constants each: up to Triton 3.7 a number in a tuple that is one is none.
+    return Rule(prepare, update, *map(constexpr, numbers))
 
 
 RULES = {
-    "adam": _rule(adam_prepare, adam_update, "adam", AdamCoefficients, always=2),
-    "sgd": _rule(sgd_prepare, sgd_update, "sgd", SgdCoefficients, always=0),
-    "sync": _rule(sync_only_prepare, sync_only_update, "sync", None, always=0),
+    "adam": _rule(adam_prepare, adam_update, "adam", AdamCoefficients._fields, always=2),
+    "sgd": _rule(sgd_prepare, sgd_update, "sgd", SgdCoefficients._fields, always=0),
+    "sync": _rule(sync_only_prepare, sync_only_update, "sync", (), always=0),
 }
 
 DTYPES = {dtype: getattr(tl, str(dtype).removeprefix("torch.")) for dtype in PARAM_DTYPES}
