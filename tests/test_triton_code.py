@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import linecache
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +118,47 @@ def test_what_a_walk_is_told_of_a_rule_are_constants() -> None:
 
     for rule in triton_backend.kernels().RULES.values():
         assert all(isinstance(value, (JITFunction, constexpr)) for value in rule)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "was", "edited"),
+    [
+        ("chunks", "second = max_v", "second = v"),  # in a rule's update
+        ("rows", "1.0 - lr * hyper", "1.0 + lr * hyper"),  # in its prepare
+        ("chunks", "factor * (b - a)", "factor * (a - b)"),  # in what an update calls
+        ("rows", "hypers", ""),  # in the compiled module's order of hyperparameters
+    ],
+)
+def test_no_edited_kernel_is_taken_from_disk(
+    kernel: str, was: str, edited: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton keeps what it compiled under the hash of its source, and serves a later release with it."""
+
+    def key(old: str = "", new: str = "") -> str:
+        text = Path(str(triton_backend.kernels().__file__)).read_text(encoding="utf-8")
+        assert old in text
+        path = tmp_path / "kernels.py"
+        path.write_text(text.replace(old, new) if old else text, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("lookahead_fused.backends.copied", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        # Not from a file of bytecode, which is told from its source by seconds and a size.
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
+        linecache.clearcache()
+        spec.loader.exec_module(module)
+        found: str = source(module, kernel, "adam", FP32, FP32).hash()
+        return found
+
+    before = key()
+    assert before == key()
+    if edited:
+        assert before != key(was, edited)
+    else:
+        native = build.module("_cpu")
+        rules = {name: (found[0][::-1], found[1]) for name, found in native.rules().items()}  # type: ignore[union-attr]
+        monkeypatch.setattr(native, "rules", lambda: rules)
+        assert before != key()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ so that all of an element's loads are under way at once.
 from __future__ import annotations
 
 from collections import namedtuple
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -27,6 +28,8 @@ constexpr = tl.constexpr
 _native = build.module("_cpu")
 # ROW_STEP and the like: where a field stands in a struct, in bytes.
 globals().update({name: constexpr(value) for name, value in _native.layout().items()})
+# All that compiled code comes from: this file, and what it asks of the compiled module.
+SOURCE = f"{Path(__file__).read_bytes()} {_native.layout()} {_native.rules()}"
 
 # Rows of a program of `rows`. Of a program of `chunks` the elements that it takes at a time, and its threads: eight
 # elements each, 16 bytes of the smallest dtype.
@@ -93,7 +96,11 @@ def gradient_factor(maximize, grad_scale):
 
 # What a walk is told of a rule. The last four are numbers: of its hyperparameters, of its coefficients, of its moments,
 # and of those moments, from the first on, that every row has.
-Rule = namedtuple("Rule", "prepare update reads_gradient hypers coefficients moments always")
+class Rule(namedtuple("Rule", "prepare update reads_gradient hypers coefficients moments always")):
+    # By this Triton finds compiled code on disk. Of functions in a tuple it would take the names alone, and serve a
+    # rule as it was before it was edited.
+    cache_key = property(lambda self: f"{SOURCE} {tuple(self)}")
+
 
 # ---- csrc/rules/adam.h
 
