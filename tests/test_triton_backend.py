@@ -126,7 +126,8 @@ def test_streams_that_read_its_memory_are_made_known(host: Any, monkeypatch: pyt
     monkeypatch.setattr(host, "_used_on_current_stream", lambda tensor: used.append(tensor.data_ptr()))
     params = make_params([(5,)])
     optimizer = make_optimizer("adamw", params, HOST)
-    for stream, expected in ((0, False), (7, True), (0, False)):
+    # Once for each stream: the allocator remembers it as long as the memory is the optimizer's.
+    for stream, expected in ((0, False), (7, True), (7, False), (0, False), (8, True), (7, False)):
         monkeypatch.setattr(host, "_stream", lambda device, stream=stream: stream)
         used.clear()
         set_grads(params, stream)

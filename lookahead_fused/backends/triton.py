@@ -72,7 +72,7 @@ class Stepper:
 
     def __init__(self, part: Part) -> None:
         self.kernels = kernels()
-        self.allocated_on = _stream(part.device)
+        self.used_on = {_stream(part.device)}
         table = part.native
         self.packed = table.packed()
         fixed = torch.zeros(self.packed.fixed, dtype=torch.uint8)
@@ -96,10 +96,13 @@ class Stepper:
         self.warps = self.kernels.THREADS // _warp_size()
 
     def step(self, part: Part, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        if _stream(part.device) != self.allocated_on:
-            # Freed, the memory must not be given away while this stream still reads it.
+        stream = _stream(part.device)
+        if stream not in self.used_on:
+            # Freed, the memory must not be given away while this stream still reads it. Told once, the allocator
+            # remembers the stream as long as the memory is ours.
             for tensor in (self.fixed, self.moving, self.steps, self.no_scale, self.no_inf):
                 _used_on_current_stream(tensor)
+            self.used_on.add(stream)
         part.native.pack_moving(self.staged.data_ptr())
         moving = self._capture(part) if _is_capturing(part.device) else self._upload()
         scale = self.no_scale if grad_scale is None else grad_scale
