@@ -51,10 +51,7 @@ def step(part: Part, grad_scale: Tensor | None, found_inf: Tensor | None) -> Non
     with _current(part.device):
         if part.stepper is None:
             if _is_capturing(part.device):
-                raise RuntimeError(
-                    "this step cannot be captured in a CUDA graph: the step before it failed, and its table is not on "
-                    f"{part.device}; run a step before the capture"
-                )
+                raise RuntimeError(no_table_to_capture(part.device))
             part.stepper = Stepper(part)
         part.stepper.step(part, grad_scale, found_inf)
 
@@ -100,6 +97,13 @@ class Stepper:
         pinned = self.module.allowed_to_wait(partial(_pinned, self.moving_bytes))
         owners = (part.native, self, pinned)
         self.native.capture(*arguments, moving=moving.data_ptr(), pinned=pinned.data_ptr(), owners=owners)
+
+
+def no_table_to_capture(device: torch.device) -> str:
+    return (
+        "this step cannot be captured in a CUDA graph: the step before it failed, and its table is not on "
+        f"{device}; run a step before the capture"
+    )
 
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:

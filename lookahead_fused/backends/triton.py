@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import build
 from ..tensors import compute_dtype
+from .cuda import no_table_to_capture
 
 if TYPE_CHECKING:
     from ..table import Part
@@ -60,11 +61,20 @@ def version() -> str:
 
 
 def step(part: Part, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """Advances the part's parameters by one step, on the device's current stream, without waiting for it."""
+    """Advances the part's parameters by one step, on the device's current stream, without waiting for it.
+
+    Raises:
+        RuntimeError: The step is captured, and the one before it failed in making the table or in compiling.
+    """
     with _current(part.device):
-        if part.stepper is None:
-            part.stepper = Stepper(part)
-        part.stepper.step(part, grad_scale, found_inf)
+        stepper = part.stepper
+        if stepper is None:
+            if _is_capturing(part.device):
+                raise RuntimeError(no_table_to_capture(part.device))
+            stepper = Stepper(part)
+        stepper.step(part, grad_scale, found_inf)
+        # Not before: what compiles both kernels is a step.
+        part.stepper = stepper
 
 
 class Stepper:
