@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import mmap
 import sys
 import time
 import types
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -20,13 +21,14 @@ import pytest
 import torch
 import triton_on_host
 from cuda_host import RULES
-from helpers import make_optimizer, make_params
+from helpers import make_optimizer, make_params, seeded
 from torch import Tensor
 from triton_host import HOST, Recorder, needs_triton, set_grads
 
 import lookahead_fused
 from lookahead_fused import build
 from lookahead_fused.backends import BACKENDS, choose, triton
+from lookahead_fused.table import chunk_elements
 
 # ------------------------------------------------------------------------------------------------------------
 # launches, uploads, memory
@@ -136,6 +138,55 @@ def test_streams_that_read_its_memory_are_made_known(host: Any, monkeypatch: pyt
         memory = {x.data_ptr() for x in vars(stepper).values() if isinstance(x, Tensor)}
         on_the_host = {x.data_ptr() for x in (stepper.staged, stepper.uploaded, stepper.spare)}
         assert set(used) == (memory - on_the_host if expected else set())
+
+
+@needs_triton
+def test_a_tensor_of_more_than_2_to_the_32_elements(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last chunk is that of a small tensor; an offset of 32 bits would end in the tensor's first elements. Of some
+    50 GB of addresses there is memory behind those alone that are touched."""
+    size = 2**32 + 1500
+    tail = size % chunk_elements
+
+    def sparse(dtype: torch.dtype) -> Tensor:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which Python names from 3.13 on
+        return torch.frombuffer(mmap.mmap(-1, size * dtype.itemsize, flags=flags), dtype=dtype)
+
+    def make(get: Callable[[torch.dtype], Tensor]) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+        p = torch.nn.Parameter(get(torch.bfloat16))
+        p.grad = get(torch.bfloat16)
+        optimizer = make_optimizer("sgd", [p], HOST, lr=0.1, momentum=0.9, k=2)
+        state = {"slow_param": get(torch.float32), "momentum_buffer": get(torch.float32)}
+        optimizer.state[p] = {"step": torch.ones((), dtype=torch.float64), **state}
+        tensors = [p.detach(), p.grad, *state.values()]
+        for i, tensor in enumerate(tensors):
+            tensor[-tail:] = torch.randn(tail, generator=seeded(i)).to(tensor.dtype)
+        return optimizer, tensors
+
+    class Last(Recorder):
+        """Of a kernel's programs the last alone."""
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            self.grids.append(grid)
+            chunk = build.module("_cpu").layout()["CHUNK"]  # type: ignore[union-attr]
+
+            def launch(fixed: Any, moving: Any, steps: Any, held: Any, at: int, *rest: Any, **options: Any) -> None:
+                self.kernel[(1,)](fixed, moving, steps, held, at + (grid[0] - 1) * chunk, *rest, **options)
+
+            return launch
+
+    last = Last(triton_on_host.kernels().chunks)
+    kernels = types.SimpleNamespace(**{**vars(triton_on_host.kernels()), "chunks": last})
+    monkeypatch.setattr(host, "kernels", lambda: kernels)
+    optimizer, huge = make(sparse)
+    twin, small = make(lambda dtype: torch.zeros(tail, dtype=dtype))
+    before = [tensor.clone() for tensor in small]
+    optimizer.step()
+    twin.step()
+    assert last.grids == [(-(-size // chunk_elements),), (1,)]
+    for tensor, expected in zip(huge, small, strict=True):
+        assert torch.equal(tensor[-tail:], expected)
+        assert not tensor[:chunk_elements].any()
+    assert not any(torch.equal(small[i], before[i]) for i in (0, 2, 3))
 
 
 # ------------------------------------------------------------------------------------------------------------
