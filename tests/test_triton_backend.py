@@ -21,7 +21,7 @@ import pytest
 import torch
 import triton_on_host
 from cuda_host import RULES
-from helpers import make_optimizer, make_params, seeded
+from helpers import make_optimizer, make_params, same_tensor_bits, seeded
 from torch import Tensor
 from triton_host import HOST, Recorder, needs_triton, set_grads
 
@@ -187,6 +187,33 @@ def test_a_tensor_of_more_than_2_to_the_32_elements(host: Any, monkeypatch: pyte
         assert torch.equal(tensor[-tail:], expected)
         assert not tensor[:chunk_elements].any()
     assert not any(torch.equal(small[i], before[i]) for i in (0, 2, 3))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_stand_in_computes_what_the_interpreter_does(
+    host: Any, rule: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It repeats what a program before did, as far as that took the same way: over rows with and without a gradient,
+    with and without whole blocks, steps with and without a sync, an overflow, another set of hyperparameters."""
+    quick = triton_on_host.kernels()
+    plain = types.SimpleNamespace(**{**vars(quick), "rows": quick.rows.interpreted, "chunks": quick.chunks.interpreted})
+    runs = []
+    for kernels in (plain, quick):
+        monkeypatch.setattr(host, "kernels", lambda kernels=kernels: kernels)
+        params = make_params([(5,), (1024,), (2500,), (3, 4)], dtype)
+        changed = {"maximize": True, "weight_decay": 0.1, "pullback_momentum": "pullback", "k": 3, "lr": 0.2}
+        groups = [{"params": params[:1]}, {"params": params[1:], **changed}]
+        optimizer: Any = make_optimizer(rule, groups, HOST, **{**RULES[rule], "k": 2})
+        for t in range(9):
+            set_grads(params, t)
+            params[t % 4].grad = None
+            optimizer.found_inf = torch.tensor(float(t == 4))
+            optimizer.step()
+        runs.append([*params, *(x for p in params for x in optimizer.state[p].values())])
+    assert len(runs[0]) == len(runs[1]) >= 12
+    assert all(same_tensor_bits(a, b) for a, b in zip(*runs, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------

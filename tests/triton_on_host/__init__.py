@@ -34,9 +34,12 @@ def kernels() -> ModuleType:
     """A second `backends/triton_kernels.py`, interpreted."""
     import triton
     import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
+    from triton.runtime.interpreter import InterpretedFunction, interpreter_builder, interpreter_semantic
+
+    from . import replay
 
     _correct(interpreter_builder)
+    replay.prepare()
     before = triton.knobs.runtime.interpret
     triton.knobs.runtime.interpret = True
     try:
@@ -45,8 +48,8 @@ def kernels() -> ModuleType:
         triton.knobs.runtime.interpret = before
     for name, value in list(vars(module).items()):
         # Called from within a kernel, the interpreter's function prepares Triton's whole language anew each time.
-        if isinstance(value, InterpretedFunction) and name not in ("rows", "chunks"):
-            setattr(module, name, value.rewrite())
+        if isinstance(value, InterpretedFunction):
+            setattr(module, name, replay.Kernel(value) if name in ("rows", "chunks") else value.rewrite())
     module.RULES = {
         name: rule._replace(
             prepare=getattr(module, rule.prepare.__name__), update=getattr(module, rule.update.__name__)
@@ -54,7 +57,7 @@ def kernels() -> ModuleType:
         for name, rule in module.RULES.items()
     }
     # Triton's own library was imported to be compiled; of its functions this is the only one that is called.
-    module.largest = lambda n: tl.reduce(n, 0, tl.standard._elementwise_max)
+    module.largest = lambda n: tl.tensor(interpreter_semantic.builder.create_largest(n.handle), n.dtype)
     return module
 
 
@@ -63,6 +66,7 @@ def _correct(builder: Any) -> None:
     of that, `test_triton_code.py` reads) and loses subnormal ones, and of a truth value that it repeats over a block it
     makes a number."""
     import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
 
     cast, splat = builder.cast_impl, builder.create_splat
 
@@ -83,6 +87,7 @@ def _correct(builder: Any) -> None:
         return made
 
     builder.cast_impl, builder.create_splat = cast_impl, create_splat
+    builder.create_largest = lambda value: TensorHandle(value.data.max(keepdims=True), value.dtype)
 
 
 @functools.cache
