@@ -55,8 +55,9 @@ def opcode(line: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].rstrip(";")
 
 
-def kernels(module: Path) -> list[Kernel]:
-    """Every kernel of every architecture in a module, or in a cubin."""
+def resources(module: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """For every architecture and kernel in a module the bytes of its STACK and LOCAL memory, and its registers, REG. A
+    cubin is for one architecture, which is not named, but "". Quicker than the machine code by far."""
     cuobjdump = tool("cuobjdump")
     assert cuobjdump is not None
     usage: dict[tuple[str, str], dict[str, int]] = {}
@@ -68,7 +69,15 @@ def kernels(module: Path) -> list[Kernel]:
             function = found[1]
         elif found := re.findall(r"(REG|STACK|LOCAL):(\d+)", line):
             usage[architecture, function] = {key: int(value) for key, value in found}
+    return usage
+
+
+def kernels(module: Path) -> list[Kernel]:
+    """Every kernel of every architecture in a module, or in a cubin."""
+    cuobjdump = tool("cuobjdump")
+    assert cuobjdump is not None
     result = []
+    architecture = function = ""
     code: dict[tuple[str, str], list[str]] = {}
     for line in _output(cuobjdump, "-sass", str(module)).splitlines():
         if found := re.search(r"^\s*(?:code for|arch =) (sm_\w+)", line):
@@ -77,8 +86,7 @@ def kernels(module: Path) -> list[Kernel]:
             function = found[1]
         elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?;)", line):
             code.setdefault((architecture, function), []).append(found[1].strip("{} "))
-    for (architecture, function), used in usage.items():
-        # A cubin is for one architecture, which is not named with what its kernels use.
+    for (architecture, function), used in resources(module).items():
         if not architecture:
             (architecture,) = (arch for arch, name in code if name == function)
         lines = tuple(code[architecture, function])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import linecache
 import re
 import sys
@@ -38,6 +39,10 @@ def targets(*names: str) -> Any:
 RULES = ("adam", "sgd", "sync")
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 PATTERNS = ((FP32, FP32), (BF16, FP32), (FP16, FP16), (FP64, FP64))
+# For two targets every rule is compiled with every pattern; for the others each of both, and the largest rule in each
+# width that it computes in.
+IN_FULL = ("sm_90", "gfx942")
+IN_PART = (("adam", 0), ("adam", 1), ("adam", 3), ("sgd", 0), ("sgd", 2), ("sync", 3))
 # Which arrays a walk reads and writes, each in one place; but phi, which starts in one place and is synced in another.
 ARRAYS = {
     "adam": {"param": "rw", "grad": "r", "slow": "wrw", "slow_moment": "rw", "m0": "rw", "m1": "rw", "m2": "rw"},
@@ -89,9 +94,9 @@ def source(kernels: ModuleType, kernel: str, rule: str, param: torch.dtype, grad
 
 
 def walks(target: str) -> Iterator[tuple[str, str, torch.dtype, torch.dtype, Any]]:
-    for rule in RULES:
-        for param, grad in PATTERNS:
-            yield f"{rule} of {param} on {target}", rule, param, grad, compiled(target, "chunks", rule, param, grad)
+    for rule, i in itertools.product(RULES, range(len(PATTERNS))) if target in IN_FULL else IN_PART:
+        pattern = PATTERNS[i]
+        yield f"{rule} of {pattern[0]} on {target}", rule, *pattern, compiled(target, "chunks", rule, *pattern)
 
 
 def every_kernel(target: str) -> Iterator[tuple[str, Any]]:
@@ -257,21 +262,21 @@ def test_machine_code_spills_and_fuses_nothing(target: str, tmp_path: Path) -> N
     for name in ("cuobjdump", "nvdisasm"):
         if cuda_code.tool(name) is None:
             pytest.skip(f"{name} was found neither in triton's wheel nor on PATH")
+    path = tmp_path / "kernel.cubin"
     for where, kernel in every_kernel(target):
-        path = tmp_path / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])
-        (code,) = cuda_code.kernels(path)
+        (used,) = cuda_code.resources(path).values()
         # Three blocks of 128 threads are resident, with four arrays' 32 bytes for each thread: 48 KiB under way. In
         # fp64 two are, with 64 bytes.
         most = 65536 // ((2 if "float64" in where else 3) * 128)
-        assert (code.local, code.registers <= most) == (0, True), f"{where}: {code.registers} registers"
-        opcodes = code.opcodes()
-        assert [op for op in opcodes if re.match(r"(LDL|STL)\b", op)] == [], where
-        # With a division or a root come sequences of fused operations that round it correctly.
-        if where.startswith(("sgd", "sync")):
-            fused = [
-                line for line in code.code if re.match(r"[FD]FMA", cuda_code.opcode(line)) and "-RZ, RZ" not in line
-            ]
+        assert (used["STACK"], used["LOCAL"], used["REG"] <= most) == (0, 0, True), f"{where}: {used}"
+    for where, rule, param, _, walk in walks(target):
+        # With a division or a root come sequences of fused operations that round it correctly; and 16 bits are computed
+        # in 32.
+        if rule != "adam" and param in (FP32, FP64):
+            path.write_bytes(walk.asm["cubin"])
+            (code,) = cuda_code.kernels(path)
+            fused = [x for x in code.code if re.match(r"[FD]FMA", cuda_code.opcode(x)) and "-RZ, RZ" not in x]
             assert fused == [], where
 
 
