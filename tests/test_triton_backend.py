@@ -35,7 +35,7 @@ from lookahead_fused.table import chunk_elements
 
 
 @needs_triton
-@pytest.mark.parametrize("count", [1, 148, 20_000])
+@pytest.mark.parametrize("count", [1, 148, 3000])
 def test_launches_and_uploads_of_a_step(host: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two launches for any number of tensors and groups; one copy where a gradient moved, none where none did; and no
     copy's source is written again, however late the device reads it."""
