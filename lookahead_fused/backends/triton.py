@@ -29,7 +29,8 @@ NAME = "triton"
 # CUDA is AMD's ROCm too. For the last two there are drivers outside of Triton's own releases.
 DEVICES: tuple[str, ...] = ("cuda", "xpu", "npu", "mtia")
 
-# The assembler that comes with 3.6 fuses pairs of operations for compute capability 10 and 12, told not to or not.
+# The first whose code gives the CPU's bits. The assembler in 3.6 fuses packed operations for compute capability 10 and
+# 12, whatever it is told, and what 3.5 compiles flushes subnormal numbers.
 OLDEST = (3, 7)
 
 # What captured graphs read, for as long as there is a parameter that they write.

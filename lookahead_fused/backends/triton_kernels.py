@@ -385,7 +385,7 @@ def chunks(fixed, moving, steps, found_inf, chunks_at, gradients_at, rule: const
 def _rule(prepare: Any, update: Any, name: str, coefficients: tuple[str, ...], always: int) -> Rule:
     hypers, moments = _native.rules()[name]
     numbers = bool(coefficients), len(hypers), len(coefficients), len(moments), always
-    # As constants each: up to Triton 3.7 a number in a tuple that is one is none.
+    # Constants each: out of a tuple that is a constant, Triton 3.7 takes plain numbers, and loops over none.
     return Rule(prepare, update, *map(constexpr, numbers))
 
 
