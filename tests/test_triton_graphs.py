@@ -123,24 +123,25 @@ def test_captures_pin_no_memory(host: Any, monkeypatch: pytest.MonkeyPatch) -> N
 @needs_triton
 @pytest.mark.parametrize("fails", ["table", "chunks"])
 def test_a_capture_after_a_step_that_failed_is_refused(host: Any, fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is state, and no table on the device yet, or no compiled kernel: neither can be made in a capture."""
+    """There is state, and no table on the device yet, or no compiled kernel: neither can be made in a capture. What
+    fails in compiling either kernel has counted no step."""
     params = make_params([(5,)])
     optimizer = make_optimizer("adamw", params, HOST)
     set_grads(params, 1)
     failure = mock.MagicMock(side_effect=RuntimeError("out of memory"))
-    failure.__getitem__.return_value = failure
+    failure.warmup.side_effect = failure.side_effect
     kernels = types.SimpleNamespace(**{**vars(triton_on_host.kernels()), "chunks": failure})
     with monkeypatch.context() as patch:
         patch.setattr(host, *(("_pinned", failure) if fails == "table" else ("kernels", lambda: kernels)))
         with pytest.raises(RuntimeError, match="out of memory"):
             optimizer.step()
-    before = [p.detach().clone() for p in params], optimizer.state[params[0]]["step"].clone()
+    assert optimizer.state[params[0]]["step"] == 0
     with monkeypatch.context() as patch:
         patch.setattr(host, "_is_capturing", lambda device: True)
         with pytest.raises(RuntimeError, match=r"cannot be captured in a CUDA graph.*; run a step before the capture"):
             optimizer.step()
-    assert (torch.equal(params[0], before[0][0]), optimizer.state[params[0]]["step"]) == (True, before[1])
+    assert optimizer.state[params[0]]["step"] == 0
     optimizer.step()
-    assert optimizer.state[params[0]]["step"] == before[1] + 1
+    assert optimizer.state[params[0]]["step"] == 1
     Graph(host, optimizer).replay()
-    assert optimizer.state[params[0]]["step"] == before[1] + 2
+    assert optimizer.state[params[0]]["step"] == 2

@@ -25,6 +25,9 @@ class Recorder:
     def __init__(self, kernel: Any, kept: list[Callable[[], None]] | None = None) -> None:
         self.kernel, self.kept, self.grids = kernel, kept, []  # type: ignore[var-annotated]
 
+    def warmup(self, *args: Any, **options: Any) -> None:
+        pass
+
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **options: Any) -> None:
             self.grids.append(grid)

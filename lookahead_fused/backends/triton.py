@@ -105,6 +105,7 @@ class Stepper:
         numbers = self.row_count * (self.kernels.SYNC + self.rule.coefficients).value
         self.steps = torch.empty(numbers, dtype=compute_dtype(part.param_dtype), device=part.device)
         self.warps = self.kernels.THREADS // _warp_size()
+        self.compiled = False
 
     def step(self, part: Part, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         stream = _stream(part.device)
@@ -118,16 +119,22 @@ class Stepper:
         moving = self._capture(part) if _is_capturing(part.device) else self._upload()
         scale = self.no_scale if grad_scale is None else grad_scale
         held = self.no_inf if found_inf is None else found_inf
-        if self.row_count:
-            self.kernels.rows[(-(-self.row_count // self.kernels.ROWS.value),)](
-                self.fixed, moving, self.steps, scale, held, self.row_count, self.packed.gradients, self.rule,
-                num_warps=1, enable_fp_fusion=False,
-            )  # fmt: skip
-        if self.chunk_count:
-            self.kernels.chunks[(self.chunk_count,)](
-                self.fixed, moving, self.steps, held, self.packed.chunks, self.packed.gradients, self.rule,
-                *self.dtypes, num_warps=self.warps, enable_fp_fusion=False,
-            )  # fmt: skip
+        row_programs = -(-self.row_count // self.kernels.ROWS.value)
+        rows = (self.fixed, moving, self.steps, scale, held, self.row_count, self.packed.gradients, self.rule)
+        chunks = (self.fixed, moving, self.steps, held, self.packed.chunks, self.packed.gradients, self.rule)
+        launches = (
+            (self.kernels.rows, row_programs, rows, 1),
+            (self.kernels.chunks, self.chunk_count, (*chunks, *self.dtypes), self.warps),
+        )
+        if not self.compiled:
+            # Both before either is launched: a step that fails in compiling one must not count.
+            for kernel, programs, arguments, warps in launches:
+                if programs:
+                    kernel.warmup(*arguments, grid=(programs,), num_warps=warps, enable_fp_fusion=False)
+            self.compiled = True
+        for kernel, programs, arguments, warps in launches:
+            if programs:
+                kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False)
 
     def _upload(self) -> Tensor:
         if self.spare is None:

@@ -40,6 +40,9 @@ class Kernel:
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         return functools.partial(self.launch, grid)
 
+    def warmup(self, *given: Any, **options: Any) -> None:
+        """Nothing is compiled."""
+
     def launch(self, grid: tuple[int], *given: Any, **options: Any) -> None:
         arguments = [
             argument if constant else interpreter._implicit_cvt(argument)
