@@ -6,6 +6,7 @@ With `--expect "9.0 12.0+PTX"` before the files, it fails where that is not exac
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import shutil
@@ -55,6 +56,7 @@ def opcode(line: str) -> str:
     return re.sub(r"^@!?U?P\w+\s+", "", line).split()[0].rstrip(";")
 
 
+@functools.cache
 def kernels(module: Path) -> list[Kernel]:
     """Every kernel of every architecture in a module, or in a cubin."""
     cuobjdump = tool("cuobjdump")
