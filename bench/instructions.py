@@ -112,6 +112,7 @@ def inside(library: str) -> None:
     switch.stop.argtypes = [ctypes.c_char_p]
     torch.set_num_threads(1)
     gc.disable()  # or a collection falls into one run and not into another
+    gc.freeze()  # what was imported takes valgrind seconds to look through
     for name, tensors, layout, move in (
         ("1 tensor", 1, "one", False),
         ("1000 tensors, gradients stay", 1000, "one", False),

@@ -28,8 +28,8 @@ State = MutableMapping[Tensor, Any]
 # Rows are cut into chunks of this many elements, the unit in which work is shared. A setting for tests.
 chunk_elements = 1 << 14
 
-# torch has the fast way to describe a tensor since 2.10; tests turn it off to run the other one.
-use_exchange_api = True
+# The fastest way to describe a tensor that a compiled table may take. A setting for tests, which try the slower ones.
+fastest = "SHIM"
 
 
 @dataclass
@@ -223,7 +223,7 @@ class Table:
             part.places = [Place(row.owner, row.param, row.is_copy) for row in part.rows]
             part.native = maker.Table(
                 tensor_type=Tensor,
-                use_exchange_api=use_exchange_api,
+                fastest=getattr(maker.Way, fastest),
                 rule=self.rule.name,
                 param_dtype=_name(part.param_dtype),
                 grad_dtype=_name(part.grad_dtype),

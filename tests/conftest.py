@@ -53,6 +53,12 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(2)
 
 
+def pytest_collection_finish() -> None:
+    """Many tests collect garbage, and need not look through all modules and tests for it each time."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Tests of every backend are collected for those that serve; for another, one test tells that and why."""
     cases = backend_cases()

@@ -6,6 +6,7 @@ With `--expect "9.0 12.0+PTX"` before the files, it fails where that is not exac
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import shutil
@@ -72,6 +73,7 @@ def resources(module: Path) -> dict[tuple[str, str], dict[str, int]]:
     return usage
 
 
+@functools.cache
 def kernels(module: Path) -> list[Kernel]:
     """Every kernel of every architecture in a module, or in a cubin."""
     cuobjdump = tool("cuobjdump")

@@ -96,7 +96,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     tensor = tensor.detach().resolve_neg().cpu()
     if tensor.dtype in (torch.bfloat16, torch.float16):
         tensor = tensor.float()
-    return np.array(tensor.contiguous().numpy())
+    return np.array(tensor.contiguous().numpy(force=True))
 
 
 def same_tensor_bits(a: Tensor, b: Tensor) -> bool:

@@ -118,3 +118,15 @@ def test_one_gradient_for_two(backend: BackendCase, rule: str) -> None:
     for _ in range(3):
         (g,) = make_grads(pair.params[:1], generator=pair.generator)
         pair.step([g, g, g])
+
+
+@pytest.mark.parametrize("rule", LIVELY)
+def test_a_gradient_that_torch_has_not_made(backend: BackendCase, rule: str) -> None:
+    """Zeros without memory, as torch's formulas give them, are a gradient, and not the lack of one."""
+    pair = Lockstep(backend, rule, ([(6, 8), (4,)], {}), **LIVELY[rule])
+    pair.step()
+    for _ in range(3):
+        grads = make_grads(pair.params, generator=pair.generator)
+        pair.step([torch._efficientzerotensor((6, 8), device=backend.device), grads[1]])
+    pair.step()
+    assert pair.optimizer.state[pair.params[0]]["step"] == 5

@@ -21,6 +21,7 @@ from helpers import (
 from torch import Tensor
 
 import lookahead_fused
+from lookahead_fused import table
 
 LIVELY = {
     "adamw": {"lr": 0.1, "weight_decay": 0.1, "amsgrad": True, "pullback_momentum": "pullback", "k": 2},
@@ -98,8 +99,12 @@ MOVES = [
 @pytest.mark.parametrize("rule", LIVELY)
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("shape", [(33,), (4, 6)])
-def test_tensors_move(backend: BackendCase, rule: str, move: Callable, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("way", ["SHIM", "EXCHANGE_API"])
+def test_tensors_move(
+    backend: BackendCase, rule: str, move: Callable, shape: tuple[int, ...], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """New addresses, old values: nothing may still be read or written at the old ones."""
+    monkeypatch.setattr(table, "fastest", way)
     params = make_params([shape, (3, 5), shape], device=backend.device)
     pair = Lockstep(backend, rule, (params, {}), **LIVELY[rule])
     for _ in range(5):

@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import mmap
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,7 @@ def restore() -> Iterator[None]:
     threads, chunk = torch.get_num_threads(), table.chunk_elements
     yield
     torch.set_num_threads(threads)
-    table.chunk_elements, table.use_exchange_api, cpu.instruction_set = chunk, True, None
+    table.chunk_elements, table.fastest, cpu.instruction_set = chunk, "SHIM", None
 
 
 def run(
@@ -106,8 +107,21 @@ def test_walks_agree(rule: str) -> None:
         torch.set_num_threads(threads)
         table.chunk_elements = chunk
         assert_same_bits(run(rule, torch.float32, order=order, groups=groups), expected)
-    table.use_exchange_api = False
-    assert_same_bits(run(rule, torch.float32), expected)
+    for table.fastest in ("EXCHANGE_API", "ATTRIBUTES"):
+        assert_same_bits(run(rule, torch.float32), expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's library is looked for by its name on Linux")
+def test_tensors_are_described_in_the_fastest_way() -> None:
+    """On every torch of these tests, after one look at each kind of tensor; a slower way where it is asked for."""
+    for table.fastest in ("SHIM", "EXCHANGE_API", "ATTRIBUTES"):
+        params = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in DTYPES[:2]]
+        optimizer = lookahead_fused.LookaheadAdamW(params, backend="cpu")
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        ways = [part.native.way.name for part in optimizer._table._parts]
+        assert ways == [table.fastest] * 2
 
 
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:

@@ -262,20 +262,19 @@ def test_machine_code_spills_and_fuses_nothing(target: str, tmp_path: Path) -> N
     for name in ("cuobjdump", "nvdisasm"):
         if cuda_code.tool(name) is None:
             pytest.skip(f"{name} was found neither in triton's wheel nor on PATH")
-    path = tmp_path / "kernel.cubin"
     for where, kernel in every_kernel(target):
+        path = tmp_path / f"{where}.cubin"
         path.write_bytes(kernel.asm["cubin"])
         (used,) = cuda_code.resources(path).values()
         # Three blocks of 128 threads are resident, with four arrays' 32 bytes for each thread: 48 KiB under way. In
         # fp64 two are, with 64 bytes.
         most = 65536 // ((2 if "float64" in where else 3) * 128)
         assert (used["STACK"], used["LOCAL"], used["REG"] <= most) == (0, 0, True), f"{where}: {used}"
-    for where, rule, param, _, walk in walks(target):
+    for where, rule, param, *_ in walks(target):
         # With a division or a root come sequences of fused operations that round it correctly; and 16 bits are computed
         # in 32.
         if rule != "adam" and param in (FP32, FP64):
-            path.write_bytes(walk.asm["cubin"])
-            (code,) = cuda_code.kernels(path)
+            (code,) = cuda_code.kernels(tmp_path / f"{where}.cubin")
             fused = [x for x in code.code if re.match(r"[FD]FMA", cuda_code.opcode(x)) and "-RZ, RZ" not in x]
             assert fused == [], where
 

@@ -36,11 +36,11 @@ const std::vector<RuleNames>& rule_names() {
     return rules;
 }
 
-TableBinding::TableBinding(py::handle tensor_type, bool use_exchange_api, const std::string& rule,
+TableBinding::TableBinding(py::handle tensor_type, TensorReader::Way fastest, const std::string& rule,
                            const std::string& param_dtype, const std::string& grad_dtype, py::list rows,
                            py::list groups, py::tuple fields, py::object conform, py::object read_group,
                            int64_t chunk_elements)
-    : reader_(tensor_type, use_exchange_api),
+    : reader_(tensor_type, fastest),
       rule_(named(rule)),
       reads_gradient_(rule != SyncOnly::name),
       param_dtype_(dtype_named(param_dtype)),
@@ -202,7 +202,9 @@ bool TableBinding::refresh_gradient(size_t i) {
     }
     Description described;
     // A negated view is the imaginary half of a complex tensor, with even strides: only one element can pass for dense.
+    // A tensor of zeros that torch has not made has no address.
     if (row.conform || !reader_.describe(gradient, described) || !fits(described, GRAD, row) ||
+        (described.data == nullptr && rows_[i].numel != 0) ||
         (rows_[i].numel == 1 && !described.has_odd_stride() && reader_.is_negated(gradient))) {
         // Python says what is wrong with it, or gives a copy in the parameter's layout; None asks for another table.
         py::object conformed = py::reinterpret_steal<py::object>(

@@ -41,9 +41,9 @@ struct Field {
 class TableBinding {
    public:
     // See lookahead_fused/table.py, which is the only caller, for what the arguments hold.
-    TableBinding(py::handle tensor_type, bool use_exchange_api, const std::string& rule, const std::string& param_dtype,
-                 const std::string& grad_dtype, py::list rows, py::list groups, py::tuple fields, py::object conform,
-                 py::object read_group, int64_t chunk_elements);
+    TableBinding(py::handle tensor_type, TensorReader::Way fastest, const std::string& rule,
+                 const std::string& param_dtype, const std::string& grad_dtype, py::list rows, py::list groups,
+                 py::tuple fields, py::object conform, py::object read_group, int64_t chunk_elements);
 
     // Reads the step's gradients and hyperparameters. False: something else changed, and a new table must be made.
     // Whatever Python finds wrong with a gradient or a hyperparameter is raised from here. With read_gradients false
@@ -58,6 +58,7 @@ class TableBinding {
 
     Table view() const;
     bool reads_gradient() const { return reads_gradient_; }
+    TensorReader::Way way() const { return reader_.way(); }
     const std::string& rule() const { return rule_.name; }
     Dtype param_dtype() const { return param_dtype_; }
     Dtype grad_dtype() const { return grad_dtype_; }

@@ -60,15 +60,20 @@ void bind_table(py::module_& module) {
         .def_readonly("fixed", &Packed::fixed)
         .def_readonly("gradients", &Packed::gradients)
         .def_readonly("moving", &Packed::moving);
+    py::enum_<TensorReader::Way>(module, "Way", py::module_local())
+        .value("SHIM", TensorReader::Way::SHIM)
+        .value("EXCHANGE_API", TensorReader::Way::EXCHANGE_API)
+        .value("ATTRIBUTES", TensorReader::Way::ATTRIBUTES);
     py::class_<TableBinding>(module, "Table", collected<TableBinding>(), py::module_local())
-        .def(py::init<py::handle, bool, const std::string&, const std::string&, const std::string&, py::list, py::list,
-                      py::tuple, py::object, py::object, int64_t>(),
-             py::arg("tensor_type"), py::arg("use_exchange_api"), py::arg("rule"), py::arg("param_dtype"),
-             py::arg("grad_dtype"), py::arg("rows"), py::arg("groups"), py::arg("fields"), py::arg("conform"),
-             py::arg("read_group"), py::arg("chunk_elements"))
+        .def(py::init<py::handle, TensorReader::Way, const std::string&, const std::string&, const std::string&,
+                      py::list, py::list, py::tuple, py::object, py::object, int64_t>(),
+             py::arg("tensor_type"), py::arg("fastest"), py::arg("rule"), py::arg("param_dtype"), py::arg("grad_dtype"),
+             py::arg("rows"), py::arg("groups"), py::arg("fields"), py::arg("conform"), py::arg("read_group"),
+             py::arg("chunk_elements"))
         .def("refresh", &TableBinding::refresh, py::arg("read_gradients"), py::arg("deep"))
         .def("release", &TableBinding::release)
         .def("updated", &TableBinding::updated, py::arg("deep"))
+        .def_property_readonly("way", &TableBinding::way)
         .def_property_readonly("row_count", [](const TableBinding& table) { return table.view().row_count; })
         .def_property_readonly("chunk_count", [](const TableBinding& table) { return table.view().chunk_count; })
         .def("packed", [](const TableBinding& table) { return Packed(table.view()); })

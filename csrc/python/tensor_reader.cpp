@@ -67,11 +67,11 @@ dlpack::DataType dlpack_dtype(Dtype dtype) {
     throw py::value_error("unknown dtype number " + std::to_string(static_cast<int>(dtype)));
 }
 
-TensorReader::TensorReader(py::handle tensor_type, bool use_exchange_api) {
+TensorReader::TensorReader(py::handle tensor_type, Way fastest) : fastest_(fastest) {
     if (!PyType_Check(tensor_type.ptr())) throw py::type_error("tensor_type must be torch.Tensor");
     tensor_type_ = reinterpret_cast<PyTypeObject*>(tensor_type.ptr());
 
-    if (use_exchange_api && py::hasattr(tensor_type, "__dlpack_c_exchange_api__")) {
+    if (fastest <= Way::EXCHANGE_API && py::hasattr(tensor_type, "__dlpack_c_exchange_api__")) {
         const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
         void* pointer = PyCapsule_GetPointer(capsule.ptr(), dlpack::CAPSULE_NAME);
         if (pointer == nullptr) throw py::error_already_set();
@@ -99,20 +99,41 @@ TensorReader::TensorReader(py::handle tensor_type, bool use_exchange_api) {
     is_negated_ = definition->ml_meth;
 }
 
-bool TensorReader::describe(PyObject* tensor, Description& out) {
-    if (api_ == nullptr) return describe_by_attributes(tensor, out);
-    dlpack::Tensor described;
-    if (api_->describe(tensor, &described) != 0) {
-        PyErr_Clear();
-        return false;
+TensorReader::Way TensorReader::way() const {
+    return !known_.empty() ? Way::SHIM : api_ != nullptr ? Way::EXCHANGE_API : Way::ATTRIBUTES;
+}
+
+bool TensorReader::describe_first(PyObject* tensor, Description& out) {
+    if (api_ == nullptr) {
+        if (!describe_by_attributes(tensor, out)) return false;
+    } else {
+        dlpack::Tensor described;
+        if (api_->describe(tensor, &described) != 0) {
+            PyErr_Clear();
+            return false;
+        }
+        out.data = static_cast<char*>(described.data) + described.byte_offset;
+        out.device = described.device;
+        out.dtype = described.dtype;
+        out.ndim = described.ndim;
+        out.shape = described.shape;
+        out.strides = described.strides;
     }
-    out.data = static_cast<char*>(described.data) + described.byte_offset;
-    out.device = described.device;
-    out.dtype = described.dtype;
-    out.ndim = described.ndim;
-    out.shape = described.shape;
-    out.strides = described.strides;
+    if (fastest_ == Way::SHIM) learn(tensor, out);
     return true;
+}
+
+void TensorReader::learn(PyObject* tensor, const Description& described) {
+    Known known{Py_TYPE(tensor), {}, described.device, described.dtype};
+    TorchShim::Place place;
+    shim_ = TorchShim::find(tensor);
+    if (shim_ == nullptr || !shim_->kind(tensor, known.kind) || !shim_->place(tensor, place)) return;
+    Description same = described;
+    same.data = place.data;
+    same.ndim = static_cast<int32_t>(place.ndim);
+    same.shape = place.shape;
+    same.strides = place.strides;
+    if (same.data == described.data && same.same_layout(described)) known_.push_back(known);
 }
 
 PyObject* TensorReader::gradient(PyObject* tensor) const {

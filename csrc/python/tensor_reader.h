@@ -9,6 +9,7 @@
 
 #include "../table/table.h"
 #include "dlpack_abi.h"
+#include "torch_shim.h"
 
 namespace lookahead_fused {
 
@@ -38,12 +39,21 @@ inline bool operator==(dlpack::DataType a, dlpack::DataType b) {
 // Not copied, and alive as long as the table it reads for.
 class TensorReader {
    public:
-    // tensor_type is torch.Tensor. Torch has the exchange API since 2.10; without it, or with use_exchange_api false,
-    // the same facts are asked of the tensor's Python attributes, at some microseconds a tensor.
-    TensorReader(py::handle tensor_type, bool use_exchange_api);
+    // The ways in which a tensor is described, the fastest first. Torch has the shim since 2.2 and DLPack's exchange
+    // API since 2.10; without either, the same facts are asked of a tensor's Python attributes, at some microseconds
+    // each.
+    enum class Way { SHIM, EXCHANGE_API, ATTRIBUTES };
 
-    // False, with no Python error set, for a tensor that has no address: a sparse one, say.
-    bool describe(PyObject* tensor, Description& out);
+    // tensor_type is torch.Tensor; a way that is faster than `fastest` is left out.
+    explicit TensorReader(py::handle tensor_type, Way fastest = Way::SHIM);
+
+    // The fastest way that has described a tensor here.
+    Way way() const;
+
+    // False, with no Python error set, for a tensor that has no address: a sparse one, say. No other object is asked.
+    bool describe(PyObject* tensor, Description& out) {
+        return describe_by_shim(tensor, out) || describe_first(tensor, out);
+    }
     // A new reference; None where there is no gradient. Throws what the getter raised.
     PyObject* gradient(PyObject* tensor) const;
     // The lazy negation torch puts on a view such as x.conj().imag; the memory holds the opposite sign.
@@ -52,9 +62,24 @@ class TensorReader {
     bool is_tensor(PyObject* object) const { return PyObject_TypeCheck(object, tensor_type_); }
 
    private:
+    // Tensors that the shim may describe: another way described one of these before, and the shim said the same. That
+    // also tells what the numbers of the shim are called in DLPack.
+    struct Known {
+        PyTypeObject* type;
+        TorchShim::Kind kind;
+        dlpack::Device device;
+        dlpack::DataType dtype;
+    };
+
+    bool describe_by_shim(PyObject* tensor, Description& out) const;
+    bool describe_first(PyObject* tensor, Description& out);
     bool describe_by_attributes(PyObject* tensor, Description& out);
+    void learn(PyObject* tensor, const Description& described);
 
     PyTypeObject* tensor_type_;
+    Way fastest_;
+    const TorchShim* shim_ = nullptr;
+    std::vector<Known> known_;
     const dlpack::ExchangeApi* api_ = nullptr;
     getter gradient_;
     void* gradient_closure_;
@@ -62,5 +87,18 @@ class TensorReader {
     // What describe_by_attributes last returned points here.
     std::vector<int64_t> shape_, strides_;
 };
+
+inline bool TensorReader::describe_by_shim(PyObject* tensor, Description& out) const {
+    TorchShim::Kind kind;
+    TorchShim::Place place;
+    if (known_.empty() || !shim_->kind(tensor, kind)) return false;
+    for (const Known& known : known_) {
+        if (known.type != Py_TYPE(tensor) || !(known.kind == kind)) continue;
+        if (!shim_->place(tensor, place)) return false;
+        out = {place.data, known.device, known.dtype, static_cast<int32_t>(place.ndim), place.shape, place.strides};
+        return true;
+    }
+    return false;
+}
 
 }  // namespace lookahead_fused

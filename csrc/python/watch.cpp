@@ -21,7 +21,7 @@ bool among(PyObject* key, const py::tuple& names) {
 }  // namespace
 
 Watch::Watch(py::handle tensor_type, py::list groups, py::dict state, py::tuple names, py::list dormant)
-    : reader_(tensor_type, true) {
+    : reader_(tensor_type) {
     py::list kept;
     for (const py::handle group : groups) {
         PyObject* params = params_of(group.ptr());

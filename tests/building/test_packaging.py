@@ -83,7 +83,7 @@ def test_module_links_the_language_runtime_only_and_is_stripped(built, tmp_path)
         module = archive.extract(native_modules(built.wheel)[0], tmp_path)
     dynamic = run(["readelf", "--dynamic", module]).stdout
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
-    runtime = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libpthread.so.0", "libc.so.6"}
+    runtime = {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libpthread.so.0", "libdl.so.2", "libc.so.6"}
     assert {name for name in needed if not name.startswith("ld-linux")} <= runtime
     assert "libstdc++.so.6" in needed  # readelf was understood
     assert not re.search(r"RPATH|RUNPATH", dynamic)

@@ -1,5 +1,6 @@
 #include "blocks.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -18,20 +19,34 @@ namespace {
 constexpr size_t STACK_BYTES = 64 << 10;
 constexpr size_t WARP = 32;
 
+void run_fiber();
+
 enum class State { READY, AT_BLOCK_BARRIER, AT_WARP_BARRIER, FINISHED };
 
+// A context sets a fiber up, once; from then on it is left and entered by jumps, since swapcontext asks the kernel for
+// the signal mask each time, which took most of a kernel's run.
 struct Fiber {
     ucontext_t context;
+    jmp_buf left_at;
+    bool started = false;
     std::vector<char> stack = std::vector<char>(STACK_BYTES);
     void* fake_stack = nullptr;  // AddressSanitizer's
     State state = State::READY;
     // What this lane gave its neighbour, last and before that: nobody is two exchanges ahead.
     uint2 given[2];
     unsigned exchanges = 0;
+
+    Fiber() {
+        getcontext(&context);
+        context.uc_stack.ss_sp = stack.data();
+        context.uc_stack.ss_size = stack.size();
+        context.uc_link = nullptr;
+        makecontext(&context, run_fiber, 0);
+    }
 };
 
 struct Block {
-    ucontext_t scheduler;
+    jmp_buf scheduler;
     void* fake_stack = nullptr;
     const void* stack_bottom = nullptr;
     size_t stack_bytes = 0;
@@ -44,10 +59,9 @@ void leave_fiber(State state) {
     Fiber* const fiber = block.current;
     fiber->state = state;
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(state == State::FINISHED ? nullptr : &fiber->fake_stack, block.stack_bottom,
-                                   block.stack_bytes);
+    __sanitizer_start_switch_fiber(&fiber->fake_stack, block.stack_bottom, block.stack_bytes);
 #endif
-    swapcontext(&fiber->context, &block.scheduler);
+    if (_setjmp(fiber->left_at) == 0) _longjmp(block.scheduler, 1);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(fiber->fake_stack, nullptr, nullptr);
 #endif
@@ -57,8 +71,10 @@ void run_fiber() {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(nullptr, &block.stack_bottom, &block.stack_bytes);
 #endif
-    (*block.thread)();
-    leave_fiber(State::FINISHED);
+    for (;;) {
+        (*block.thread)();
+        leave_fiber(State::FINISHED);
+    }
 }
 
 void enter_fiber(Fiber& fiber) {
@@ -66,7 +82,11 @@ void enter_fiber(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&block.fake_stack, fiber.stack.data(), fiber.stack.size());
 #endif
-    swapcontext(&block.scheduler, &fiber.context);
+    if (_setjmp(block.scheduler) == 0) {
+        if (fiber.started) _longjmp(fiber.left_at, 1);
+        fiber.started = true;
+        setcontext(&fiber.context);
+    }
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(block.fake_stack, nullptr, nullptr);
 #endif
@@ -84,14 +104,8 @@ bool run_block(const std::vector<unsigned>& order) {
     const size_t threads = order.size();
     while (block.fibers.size() < threads) block.fibers.push_back(std::make_unique<Fiber>());
     for (size_t i = 0; i < threads; ++i) {
-        Fiber& fiber = *block.fibers[i];
-        fiber.state = State::READY;
-        fiber.exchanges = 0;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, run_fiber, 0);
+        block.fibers[i]->state = State::READY;
+        block.fibers[i]->exchanges = 0;
     }
     for (;;) {
         size_t finished = 0;
@@ -108,7 +122,10 @@ bool run_block(const std::vector<unsigned>& order) {
         for (size_t lane = 0; lane < threads; lane += WARP) {
             released |= release(lane, std::min(lane + WARP, threads), State::AT_WARP_BARRIER);
         }
-        if (!released) return false;
+        if (!released) {
+            block.fibers.clear();  // they would go on where they are stuck
+            return false;
+        }
     }
 }
 

@@ -1,9 +1,6 @@
 #include "traffic.h"
 
 #include <algorithm>
-#include <map>
-#include <set>
-#include <utility>
 #include <vector>
 
 #include "control.h"
@@ -12,6 +9,7 @@
 namespace {
 
 constexpr unsigned LANES = 32;
+constexpr unsigned THREADS = 1024;
 constexpr uintptr_t SECTOR_BYTES = 32;
 
 struct Range {
@@ -28,7 +26,7 @@ struct Traffic {
     std::vector<Range> watched;
     int64_t elsewhere = 0;  // accesses outside of what is watched
     // Of a block's threads, in the order of each: lanes that take the same way make the same number of them.
-    std::map<unsigned, std::vector<Access>> of_thread;
+    std::vector<Access> of_thread[THREADS];
     int64_t sectors = 0;
 } traffic;
 
@@ -49,18 +47,25 @@ bool note_access(uintptr_t address, size_t bytes, bool write) {
 }
 
 void end_block_of_traffic() {
-    // A warp's access number i: the access number i of each of its lanes.
-    std::map<std::pair<unsigned, size_t>, std::set<uintptr_t>> sectors_of;
-    for (const auto& [thread, accesses] : traffic.of_thread) {
-        for (size_t i = 0; i < accesses.size(); ++i) {
-            const auto [address, bytes] = accesses[i];
-            for (uintptr_t s = address / SECTOR_BYTES; s <= (address + bytes - 1) / SECTOR_BYTES; ++s) {
-                sectors_of[{thread / LANES, i}].insert(s);
+    std::vector<uintptr_t> sectors;
+    for (unsigned warp = 0; warp < THREADS; warp += LANES) {
+        // A warp's access number i: the access number i of each of its lanes.
+        bool any = true;
+        for (size_t i = 0; any; ++i) {
+            sectors.clear();
+            for (unsigned thread = warp; thread < warp + LANES; ++thread) {
+                if (i >= traffic.of_thread[thread].size()) continue;
+                const auto [address, bytes] = traffic.of_thread[thread][i];
+                for (uintptr_t s = address / SECTOR_BYTES; s <= (address + bytes - 1) / SECTOR_BYTES; ++s) {
+                    if (sectors.empty() || sectors.back() != s) sectors.push_back(s);
+                }
             }
+            any = !sectors.empty();
+            std::sort(sectors.begin(), sectors.end());
+            traffic.sectors += std::unique(sectors.begin(), sectors.end()) - sectors.begin();
         }
+        for (unsigned thread = warp; thread < warp + LANES; ++thread) traffic.of_thread[thread].clear();
     }
-    for (const auto& [access, sectors] : sectors_of) traffic.sectors += static_cast<int64_t>(sectors.size());
-    traffic.of_thread.clear();
 }
 
 void forget_traffic() { traffic = Traffic{}; }

@@ -1,0 +1,75 @@
+#include "torch_shim.h"
+
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+
+#if defined(__linux__)
+#include <dlfcn.h>
+#endif
+
+namespace py = pybind11;
+
+namespace lookahead_fused {
+namespace {
+
+// A function of the libtorch that this process has loaded already.
+void* symbol(const char* name) {
+#if defined(__linux__)
+    static void* const library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library == nullptr ? nullptr : dlsym(library, name);
+#else
+    (void)name;
+    return nullptr;
+#endif
+}
+
+template <class Function>
+bool set(Function& function, const char* name) {
+    function = reinterpret_cast<Function>(symbol(name));
+    return function != nullptr;
+}
+
+// An at::Tensor is a pointer to its implementation: where in the Python object one to this tensor's stands; 0 for none.
+size_t offset_of_tensor(PyObject* tensor) {
+    void* implementation = nullptr;
+    PyTypeObject* type = nullptr;
+    try {
+        const py::module_ torch = py::module_::import("torch._C");
+        const py::object capsule = torch.attr("_tensor_impl_raw_handle")(py::handle(tensor));
+        implementation = PyCapsule_GetPointer(capsule.ptr(), nullptr);
+        if (implementation == nullptr) throw py::error_already_set();
+        // What all classes of tensors begin with.
+        type = reinterpret_cast<PyTypeObject*>(torch.attr("TensorBase").ptr());
+    } catch (const py::error_already_set&) {
+        return 0;
+    }
+    size_t found = 0;
+    for (size_t at = sizeof(PyObject); at + sizeof(void*) <= static_cast<size_t>(type->tp_basicsize);
+         at += sizeof(void*)) {
+        void* word;
+        std::memcpy(&word, reinterpret_cast<char*>(tensor) + at, sizeof(word));
+        if (word != implementation) continue;
+        if (found != 0) return 0;
+        found = at;
+    }
+    return found;
+}
+
+}  // namespace
+
+const TorchShim* TorchShim::find(PyObject* tensor) {
+    static TorchShim shim;
+    static const bool loaded = shim.load(tensor);
+    return loaded ? &shim : nullptr;
+}
+
+bool TorchShim::load(PyObject* tensor) {
+    offset_ = offset_of_tensor(tensor);
+    return offset_ != 0 && set(layout_, "aoti_torch_get_layout") && set(dtype_, "aoti_torch_get_dtype") &&
+           set(device_type_, "aoti_torch_get_device_type") && set(device_index_, "aoti_torch_get_device_index") &&
+           set(data_, "aoti_torch_get_data_ptr") && set(ndim_, "aoti_torch_get_dim") &&
+           set(shape_, "aoti_torch_get_sizes") && set(strides_, "aoti_torch_get_strides");
+}
+
+}  // namespace lookahead_fused
