@@ -195,8 +195,8 @@ def one_thread() -> Iterator[None]:
 
 PLANTED = {
     # SGD moves the fewest bytes: an extra pass is 8 beside 21.6.
-    "large": steps.Comparison("planted", Setting("sgd"), near=(PLAIN,), rounds=24),
-    "many": steps.Comparison("many-small", near=(PLAIN,), rounds=12),
+    "large": steps.Comparison("planted", Setting("sgd"), near=(PLAIN,), rounds=12),
+    "many": steps.Comparison("many-small", near=(PLAIN,), rounds=5),
 }
 
 

@@ -32,7 +32,7 @@ CXX = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.w
 FLAGS = ("-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden")
 # Where it is on by default it takes a jump to another stack for an error.
 FLAGS += ("-U_FORTIFY_SOURCE",)
-SANITIZE = ("-g1", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+SANITIZE = ("-g1", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 
 
 def missing() -> str:
