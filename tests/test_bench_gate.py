@@ -6,6 +6,7 @@ Most of it runs on planted numbers; what is planted into the optimizer itself is
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ import steps
 import traffic
 from figures import Figure
 from measure import Spread
-from opponents import PLAIN, SYNC, Setting
+from opponents import PLAIN, SYNC, Setting, Unavailable
 
 from lookahead_fused import LookaheadAdamW, LookaheadSGD
 
@@ -106,8 +107,34 @@ def test_a_ratio_that_is_gone_is_a_problem() -> None:
 def test_a_baseline_has_the_spread_of_several_runs() -> None:
     made = gate.make_ratios(figures(1.2, 1.3, 1.25, q1=0.02), ["gpt2"], DEVICE)
     entry = made["benchmarks"]["gpt2"][SYNC]
-    # The lowest median is 0.05 below, and its own uncertainty is 0.04 over the root of one sample, twice.
-    assert entry == {"median": 1.25, "spread": 0.13, "medians": [1.2, 1.3, 1.25]}
+    # Half as much again as they are apart.
+    assert entry == {"median": 1.25, "spread": 0.15, "medians": [1.2, 1.3, 1.25]}
+    made = gate.make_ratios(figures(1.25, 1.25, 1.24, q1=0.02), ["gpt2"], DEVICE)
+    # The lowest median is 0.01 below, and its own uncertainty is 0.04 over the root of one sample, twice.
+    assert made["benchmarks"]["gpt2"][SYNC]["spread"] == 0.09
+
+
+def test_what_another_process_measured_arrives(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def process(command: list[str], **options: Any) -> Any:
+        status = gate.main(command[2:])
+        return subprocess.CompletedProcess(command, status, capsys.readouterr().out, "")
+
+    def unavailable(name: str) -> dict[str, Figure]:
+        raise Unavailable(f"no memory for {name}")
+
+    monkeypatch.setattr(subprocess, "run", process)
+    here = figures(1.2, q1=0.02)("gpt2-adamw")
+    monkeypatch.setattr(gate, "measure_ratios", lambda name: here)
+    there = gate.measure_apart("gpt2-adamw")
+    assert {of: figure.value for of, figure in there.items()} == {of: figure.value for of, figure in here.items()}
+    monkeypatch.setattr(gate, "measure_ratios", unavailable)
+    with pytest.raises(Unavailable, match="no memory for gpt2-adamw"):
+        gate.measure_apart("gpt2-adamw")
+    monkeypatch.setattr(gate, "main", lambda words: 1)
+    with pytest.raises(RuntimeError, match="gpt2-adamw could not be measured"):
+        gate.measure_apart("gpt2-adamw")
 
 
 # ------------------------------------------------------------------------------------------------------------
