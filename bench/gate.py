@@ -47,7 +47,6 @@ EFFORT = Effort(0.7, budget=15)
 WATCHED = ("ratio", "share")
 
 
-
 @dataclass
 class Verdict:
     """What the gate found: problems fail it, notes are what it did not compare and what became better."""
