@@ -197,8 +197,8 @@ def make_ratios(
         entries = {}
         for label in runs[0][name]:
             values = [found[name][label].value for found in runs]
-            median = statistics.median(value.median for value in values)
             medians = [value.median for value in values]
+            median = statistics.median(medians)
             # Of three runs the lowest is no bound: one time in twenty, three further ones are all below it.
             below = max(
                 median - min(value.median - 2 * _uncertainty(value) for value in values),

@@ -1,4 +1,4 @@
-"""The Triton backend's Python: launches, uploads and compilations, what is said where it does not serve.
+"""The Triton backend's Python: launches, uploads and compilations.
 
 The backend-parametrised suite runs through `triton_on_host` for numbers; here is what a recorder in a launch's place,
 or a driver that launches nothing, can tell.
@@ -9,13 +9,11 @@ from __future__ import annotations
 import copy
 import gc
 import mmap
-import sys
 import time
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -23,11 +21,10 @@ import triton_on_host
 from cuda_host import RULES
 from helpers import make_optimizer, make_params, same_tensor_bits, seeded
 from torch import Tensor
-from triton_host import HOST, Recorder, needs_triton, set_grads
+from triton_host import HOST, Driver, Recorder, needs_triton, set_grads
 
-import lookahead_fused
 from lookahead_fused import build
-from lookahead_fused.backends import BACKENDS, choose, triton
+from lookahead_fused.backends import triton
 from lookahead_fused.table import chunk_elements
 
 # ------------------------------------------------------------------------------------------------------------
@@ -220,38 +217,6 @@ def test_the_stand_in_computes_what_the_interpreter_does(
 # Triton's own launch path, with a driver that launches nothing
 
 
-class Driver:
-    """An NVIDIA driver without a device: kernels are compiled and looked up as for one, their launches are counted."""
-
-    launches = 0
-
-    class utils:
-        load_binary = staticmethod(lambda *about: (1, 1, 32, 0, 1024))
-        unload_module = staticmethod(lambda module: None)
-        get_device_properties = staticmethod(lambda device: {"max_shared_mem": 1 << 20})
-
-    class launcher_cls:
-        def __init__(self, *about: Any) -> None:
-            pass
-
-        def __call__(self, *arguments: Any) -> None:
-            Driver.launches += 1
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cuda", 0)
-
-
 @pytest.fixture
 def driver(host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[type[Driver]]:
     """The backend on the host over Triton's compiler and `Driver`."""
@@ -333,107 +298,6 @@ def test_host_work_of_a_step(driver: type[Driver], capsys: pytest.CaptureFixture
         print(f"\nTriton, host work: fixed {one * 1e6:.0f} us, for each tensor {(many - one) / 3999 * 1e9:.0f} ns")
     assert one < 100e-6 * 3  # three times: this machine is shared
     assert (many - one) / 3999 < 0.5e-6 * 2
-
-
-# ------------------------------------------------------------------------------------------------------------
-# where it does not serve
-
-
-@pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """A machine with an accelerator, on which nobody has asked yet whether Triton works."""
-    if build.module("_cpu") is None:
-        pytest.skip(build.reason("_cpu"))
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *a: torch.device("cuda"))
-    triton._broken.cache_clear()
-    yield monkeypatch
-    triton._broken.cache_clear()
-
-
-def test_without_a_device() -> None:
-    if torch.accelerator.is_available():
-        pytest.skip("there is a device")
-    status = lookahead_fused.backends()["triton"]
-    assert not status.available
-    assert "no device of type cuda or xpu" in status.reason or build.module("_cpu") is None
-
-
-def test_not_installed(fresh: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
-        fresh.delitem(sys.modules, name)
-    fresh.setitem(sys.modules, "triton", None)
-    real = __import__
-
-    def without(name: str, *rest: Any) -> Any:
-        if name.split(".")[0] == "triton":
-            raise ModuleNotFoundError("No module named 'triton'", name="triton")
-        return real(name, *rest)
-
-    fresh.setattr("builtins.__import__", without)
-    assert triton.unavailable(torch.device("cuda")) == "triton is not installed"
-    assert triton.version() == "triton is not installed"
-
-
-@needs_triton
-def test_broken(fresh: pytest.MonkeyPatch) -> None:
-    """Whatever comes out of it is the reason, and nothing is raised."""
-    fresh.setattr(triton, "kernels", mock.Mock(side_effect=OSError("libtriton.so: undefined symbol")))
-    reason = triton.unavailable(torch.device("cuda"))
-    assert "triton does not work here: OSError: libtriton.so: undefined symbol" in reason
-
-
-@needs_triton
-def test_too_old(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setattr(triton, "version", lambda: "3.6.0")
-    assert triton.unavailable(torch.device("cuda")) == "triton 3.6.0 is too old: install 3.7 or newer"
-
-
-@needs_triton
-def test_without_a_driver(fresh: pytest.MonkeyPatch) -> None:
-    from triton.runtime import driver as config
-
-    if torch.accelerator.current_accelerator().type != "cuda" or torch.cuda.is_available():  # type: ignore[union-attr]
-        pytest.skip("there is a driver")
-    fresh.setattr(config, "_active", None)
-    fresh.setattr(config, "_default", None)
-    assert "0 active drivers" in triton.unavailable(torch.device("cuda"))
-
-
-@needs_triton
-def test_a_driver_of_other_devices(fresh: pytest.MonkeyPatch) -> None:
-    from triton.runtime import driver as config
-
-    fresh.setattr(config, "_active", Driver())
-    assert triton.unavailable(torch.device("cuda")) == ""
-    triton._broken.cache_clear()
-    fresh.setattr(torch.accelerator, "current_accelerator", lambda *a: torch.device("xpu"))
-    assert "drives devices of type cuda, not xpu" in triton.unavailable(torch.device("xpu"))
-    assert "no device of type cuda" in triton.unavailable(torch.device("cuda"))
-
-
-def test_without_the_table(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setattr(triton, "native", lambda: None)
-    fresh.setattr(build, "reason", lambda name: "no C++17 compiler was found")
-    assert "_cpu: no C++17 compiler was found" in triton.unavailable(torch.device("cuda"))
-
-
-def test_auto_prefers_cuda_then_triton_and_tells_of_a_slower_one(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setattr(sys.modules[choose.__module__], "_warned", set())
-    reasons = {"cuda": "no code for this card", "triton": ""}
-    for name in reasons:
-        fresh.setattr(BACKENDS[name], "unavailable", lambda device=None, name=name: reasons[name])
-    device = torch.device("cuda")
-    with pytest.warns(RuntimeWarning, match=r"'triton' for parameters on cuda \(cuda: no code for this card\)"):
-        assert choose("auto", device) is triton
-    reasons["triton"] = "broken"
-    with pytest.warns(RuntimeWarning, match=r"'reference' .*cuda: no code for this card; triton: broken"):
-        assert choose("auto", device).NAME == "reference"
-    reasons.update(cuda="")
-    assert choose("auto", device).NAME == "cuda"
-    assert choose("auto", torch.device("cpu")).NAME in ("cpu", "reference")
-    with pytest.raises(RuntimeError, match="it serves devices of type cuda, xpu"):
-        choose("triton", torch.device("cpu"))
 
 
 def test_copies_of_an_optimizer_share_nothing(host: Any) -> None:

@@ -35,3 +35,35 @@ class Recorder:
                 self.kept.append(lambda: self.kernel[grid](*args, **options))
 
         return launch
+
+
+class Driver:
+    """An NVIDIA driver without a device: kernels are compiled and looked up as for one, their launches are counted."""
+
+    launches = 0
+
+    class utils:
+        load_binary = staticmethod(lambda *about: (1, 1, 32, 0, 1024))
+        unload_module = staticmethod(lambda module: None)
+        get_device_properties = staticmethod(lambda device: {"max_shared_mem": 1 << 20})
+
+    class launcher_cls:
+        def __init__(self, *about: Any) -> None:
+            pass
+
+        def __call__(self, *arguments: Any) -> None:
+            Driver.launches += 1
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", 0)
