@@ -94,6 +94,7 @@ def _build() -> tuple[list[tuple[str, str]], bool]:
     module = build.module("_cpu")
     if module is not None:
         lines.append(("instruction sets", ", ".join(module.instruction_sets())))
+        lines.append(("threads of a step", "torch's" if module.torch_threads_serve() else "a pool of its own"))
     return lines, True
 
 

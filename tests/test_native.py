@@ -37,7 +37,7 @@ def restore() -> Iterator[None]:
     threads, chunk = torch.get_num_threads(), table.chunk_elements
     yield
     torch.set_num_threads(threads)
-    table.chunk_elements, table.fastest, cpu.instruction_set = chunk, "SHIM", None
+    table.chunk_elements, table.fastest, cpu.instruction_set, cpu.own_threads = chunk, "SHIM", None, False
 
 
 def run(
@@ -101,9 +101,11 @@ def test_instruction_sets_agree(
 
 @pytest.mark.parametrize("rule", CLASSES)
 def test_walks_agree(rule: str) -> None:
-    """Threads, chunk size, order, grouping and the way in which tensors are described leave no trace."""
+    """Threads, whose they are, chunk size, order, grouping and the way in which tensors are described leave no
+    trace."""
     expected = run(rule, torch.float32)
-    for threads, chunk, order, groups in [(1, 1, 1, 1), (2, 17, -1, 3), (3, 1000, 1, 5), (8, 1 << 20, -1, 14)]:
+    walks = [(1, 1, 1, 1), (2, 17, -1, 3), (3, 1000, 1, 5), (8, 1 << 20, -1, 14)]
+    for cpu.own_threads, (threads, chunk, order, groups) in itertools.product([False, True], walks):
         torch.set_num_threads(threads)
         table.chunk_elements = chunk
         assert_same_bits(run(rule, torch.float32, order=order, groups=groups), expected)
@@ -183,8 +185,10 @@ def test_fp32_is_rounded_to_16_bits_as_torch_rounds(dtype: torch.dtype, instruct
     assert torch.equal(got[~nans].view(torch.int16), expected[~nans].view(torch.int16))
 
 
-def test_subnormal_numbers_survive_a_thread_that_flushes_them() -> None:
+@pytest.mark.parametrize("own_threads", [False, True])
+def test_subnormal_numbers_survive_a_thread_that_flushes_them(own_threads: bool) -> None:
     """torch.set_flush_denormal is one thread's setting; bits must not depend on who took an element."""
+    cpu.own_threads = own_threads
     values, grad = torch.full((300_000,), 1e-40), torch.full((300_000,), 1e-39)
 
     def steps() -> Tensor:
@@ -204,7 +208,10 @@ def test_subnormal_numbers_survive_a_thread_that_flushes_them() -> None:
     assert bool((expected != 0).all())
 
 
-def test_two_threads_may_step_at_once() -> None:
+@pytest.mark.parametrize("own_threads", [False, True])
+def test_two_threads_may_step_at_once(own_threads: bool) -> None:
+    cpu.own_threads = own_threads
+
     def train(seed: int, out: dict[int, Tensor]) -> None:
         param = torch.nn.Parameter(make_tensor((300_000,), generator=seeded(seed)))
         optimizer = lookahead_fused.LookaheadAdamW([param], lr=0.1, k=2, backend="cpu")

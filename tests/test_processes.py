@@ -91,15 +91,19 @@ def test_import_is_harmless(asks: bool) -> None:
 
 @needs_proc
 @needs_cpu_backend
-def test_threads() -> None:
-    """OMP_NUM_THREADS and torch.set_num_threads bind a step: it takes one thread less of its own, keeps them for
-    the next, and lets them sleep where fewer are asked for."""
-    script = """
+@pytest.mark.parametrize("own", [False, True], ids=["torch", "own"])
+def test_threads(own: bool) -> None:
+    """OMP_NUM_THREADS and torch.set_num_threads bind a step. It takes torch's threads and none besides; where it may
+    not, one less of its own than torch would use, which it keeps and lets sleep where fewer are asked for."""
+    script = f"""
+    from lookahead_fused.backends import cpu
+    cpu.own_threads = {own}
+
     def threads():
-        return {int(name) for name in os.listdir("/proc/self/task")}
+        return {{int(name) for name in os.listdir("/proc/self/task")}}
 
     def busy(thread):
-        with open(f"/proc/self/task/{thread}/schedstat") as file:
+        with open(f"/proc/self/task/{{thread}}/schedstat") as file:
             return int(file.read().split()[0])
 
     def step(times=1):
@@ -111,67 +115,133 @@ def test_threads() -> None:
             optimizer.step()
         return threads() - before
 
+    def work(threads, times=30):
+        optimizer.step()
+        before = {{thread: busy(thread) for thread in threads}}
+        for _ in range(times):
+            optimizer.step()
+        return sorted(busy(thread) - before[thread] for thread in threads)
+
     p, optimizer = make()
-    found = {"omp": torch.get_num_threads(), "own": []}
+    found = {{"omp": torch.get_num_threads(), "taken": []}}
     taken = step()
-    found["own"].append(len(taken))
+    found["taken"].append(len(taken))
     for count in (1, 2, 4, 4, 1, 3):
         torch.set_num_threads(count)
         taken |= step()
-        found["own"].append(len(taken))
+        found["taken"].append(len(taken))
     torch.set_num_threads(2)
     step()
-    before = {thread: busy(thread) for thread in taken}
-    step(30)
-    found["busy"] = sorted(busy(thread) - before[thread] for thread in taken)
+    found["helpers"] = work(threads() - {{os.getpid()}})
+    torch.set_num_threads(1)
+    found["alone"] = work(threads() - {{os.getpid()}})
     print(json.dumps(found))
     """
-    found = python(script, OMP_NUM_THREADS="1")
+    # Asleep between regions: a thread that spins has time of its own also where nobody calls it.
+    found = python(script, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
     assert found["omp"] == 1
-    assert found["own"] == [0, 0, 1, 3, 3, 3, 3]
-    first, second, third = found["busy"]
-    assert max(first, second) < 0.2 * third, f"nanoseconds of each thread: {found['busy']}"
+    assert found["taken"] == ([0, 0, 1, 3, 3, 3, 3] if own else [0] * 7)
+    *idle, helper = found["helpers"]
+    assert max(idle, default=0) < 0.2 * helper, f"nanoseconds of each thread: {found['helpers']}"
+    assert max(found["alone"]) < 0.2 * helper, f"{found['alone']}, and with two threads {found['helpers']}"
 
 
 @needs_cpu_backend
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_fork() -> None:
-    """A child has none of its parent's threads, and steps all the same, with threads of its own and to the same
-    bits; the parent goes on."""
+def test_threads_that_flush_subnormal_numbers_compute_them_all_the_same() -> None:
+    """torch.set_flush_denormal is one thread's setting, but a thread begins with that of the one that starts it:
+    torch's, if it was made before torch first needed them."""
     script = """
-    import hashlib
-    def weights():
-        return hashlib.sha256(p.detach().numpy().tobytes()).hexdigest()
-
     torch.set_num_threads(2)
+    flushes = torch.set_flush_denormal(True)
     p, optimizer = make()
-    for _ in range(3):
+    optimizer.param_groups[0]["weight_decay"] = 0
+    p.data.fill_(0).view(torch.int32).fill_(1)  # the smallest number
+    p.grad.zero_()
+    optimizer.step()
+    lost = int((p.detach().view(torch.int32) != 1).sum())
+    print(json.dumps({"flushes": flushes, "lost": lost}))
+    """
+    found = python(script)
+    if not found["flushes"]:
+        pytest.skip("this machine cannot flush subnormal numbers")
+    assert found["lost"] == 0
+
+
+FORKED = """
+import hashlib
+
+def weights():
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in params)).hexdigest()
+
+def run(steps):
+    # Ends a child that waits for threads which only its parent has.
+    import faulthandler
+    faulthandler.dump_traceback_later(60, exit=True)
+    for _ in range(steps):
         optimizer.step()
+    faulthandler.cancel_dump_traceback_later()
+
+def child(steps):
+    # What a forked child has after some steps: its status, its weights, how many threads, and whose.
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        import faulthandler
-        faulthandler.dump_traceback_later(60, exit=True)
         torch.set_num_threads(2)
-        optimizer.step()
-        optimizer.step()
+        run(steps)
+        from lookahead_fused import _cpu
         count = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 2
-        os.write(writing, json.dumps([weights(), count]).encode())
+        os.write(writing, json.dumps([weights(), count, _cpu.torch_threads_serve()]).encode())
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
         theirs = pipe.read()
-    status = os.waitpid(child, 0)[1]
+    return os.waitpid(child, 0)[1], json.loads(theirs)
+
+torch.set_num_threads(2)
+torch.manual_seed(0)
+# Each too small for torch to share, whose own operators wait forever in a forked child; together enough for a step to.
+params = [torch.nn.Parameter(torch.randn(10_000)) for _ in range(40)]
+for p in params:
+    p.grad = torch.randn(10_000)
+optimizer = LookaheadAdamW(params, lr=0.1, k=2, backend="cpu")
+"""
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+
+@needs_cpu_backend
+@needs_fork
+@pytest.mark.parametrize("steps", [0, 3])
+def test_fork(steps: int) -> None:
+    """A child has none of its parent's threads, torch's least of all (GNU's OpenMP waits for them forever), and steps
+    all the same, with threads of its own and to the same bits; the parent goes on. Whether the parent stepped before,
+    or only torch did, and the child is the first to."""
+    script = f"""
+    torch.ones(1 << 22).add_(1)
+    run({steps})
+    status, theirs = child(2)
     before = weights()
-    optimizer.step()
-    optimizer.step()
-    print(json.dumps({"status": status, "child": json.loads(theirs), "before": before, "after": weights()}))
+    run(2)
+    print(json.dumps({{"status": status, "child": theirs, "before": before, "after": weights()}}))
     """
-    found = python(script)
+    found = python(script, PRELUDE + FORKED)
     assert found["status"] == 0
-    weights, threads = found["child"]
+    weights, threads, torchs = found["child"]
     assert weights == found["after"] != found["before"]
     assert threads >= 2
+    assert not torchs
+
+
+@needs_cpu_backend
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's library is looked for by its name on Linux")
+def test_torch_threads_serve() -> None:
+    """On every torch of these tests, in a process that was not forked: this one is, and then executes a program."""
+    script = """
+    optimizer = make()[1]
+    optimizer.step()
+    from lookahead_fused import _cpu
+    print(json.dumps(_cpu.torch_threads_serve()))
+    """
+    assert python(script) is True
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def run(*broken: str, at: Path) -> subprocess.CompletedProcess[str]:
 def test_a_healthy_report(tmp_path: Path) -> None:
     result = run(at=tmp_path)
     assert result.returncode == 0, result.stderr
-    for expected in (torch.__version__, "reference", "serves", "self-test", "OMP_NUM_THREADS"):
+    for expected in (torch.__version__, "reference", "serves", "self-test", "OMP_NUM_THREADS", "threads of a step"):
         assert expected in result.stdout
 
 

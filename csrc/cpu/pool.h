@@ -1,17 +1,34 @@
-// One parallel region: a task list worked off by the caller and a set of sleeping threads.
-//
-// Not OpenMP: its runtime would be a second one beside torch's, each spinning for the cores the other needs, and
-// neither survives a fork. Threads here sleep between regions, and a forked child starts its own.
+// A set of threads that sleep until they are called. One that wakes late is not waited for.
 #pragma once
 
+#include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
 
 namespace lookahead_fused {
 
-// Calls task(i) for every i in [0, count) on up to `threads` threads, the caller among them, and returns when all are
-// done. Tasks are handed out in ascending order. A region already running elsewhere in the process leaves this one to
-// its caller alone.
-void parallel_for(int64_t count, int threads, const std::function<void(int64_t)>& task);
+// One caller at a time. A pool is never destroyed: its threads sleep until the process ends, and at exit nothing may
+// depend on them.
+class Pool {
+   public:
+    // Calls `work` on the caller and on up to threads - 1 others, and returns when all that began it are done. It must
+    // be work that any number of threads may share, and may find done.
+    void run(int threads, const std::function<void()>& work);
+
+   private:
+    void grow(int workers);
+    void serve(int index);
+
+    std::mutex mutex_;
+    std::condition_variable wake_, done_;
+    std::vector<std::thread> workers_;
+    const std::function<void()>* work_ = nullptr;
+    bool open_ = false;
+    int wanted_ = 0, running_ = 0;
+    uint64_t region_ = 0;
+};
 
 }  // namespace lookahead_fused

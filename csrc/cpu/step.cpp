@@ -3,7 +3,7 @@
 #include <stdexcept>
 
 #include "floating_point.h"
-#include "pool.h"
+#include "parallel.h"
 
 namespace lookahead_fused {
 namespace {
@@ -62,10 +62,11 @@ Workspace::Workspace(const Table& table, const Kernel& kernel)
     spans_.push_back(table.chunk_count);
 }
 
-void Workspace::step(const Table& table, const Kernel& kernel, const StepArguments& arguments, int threads) {
+void Workspace::step(const Table& table, const Kernel& kernel, const StepArguments& arguments, int threads,
+                     bool own_threads) {
     const DefaultFloatingPoint defaults;
     kernel.rows(table, arguments, steps_.data(), step_of_row_.data());
-    parallel_for(static_cast<int64_t>(spans_.size()) - 1, threads, [&](int64_t i) {
+    parallel_for(static_cast<int64_t>(spans_.size()) - 1, threads, own_threads, [&](int64_t i) {
         kernel.chunks(table, steps_.data(), step_of_row_.data(), spans_[i], spans_[i + 1]);
     });
 }

@@ -19,7 +19,7 @@ const Kernel* find_kernel(const std::string& instruction_set, const std::string&
 class Workspace {
    public:
     Workspace(const Table& table, const Kernel& kernel);
-    void step(const Table& table, const Kernel& kernel, const StepArguments& arguments, int threads);
+    void step(const Table& table, const Kernel& kernel, const StepArguments& arguments, int threads, bool own_threads);
 
    private:
     std::vector<unsigned char> steps_;

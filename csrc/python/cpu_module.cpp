@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "../cpu/huge_pages.h"
+#include "../cpu/parallel.h"
 #include "../cpu/step.h"
 #include "table_binding.h"
 #include "watch.h"
@@ -23,11 +24,11 @@ class Stepper {
           workspace_(check(table), *kernel_) {}
 
     // Where grad_scale is None the gradients are as they are.
-    void step(const TableBinding& table, std::optional<float> grad_scale, int threads) {
+    void step(const TableBinding& table, std::optional<float> grad_scale, int threads, bool own_threads) {
         const StepArguments arguments{grad_scale ? &*grad_scale : nullptr, nullptr};
         const Table view = table.view();
         const py::gil_scoped_release released;
-        workspace_.step(view, *kernel_, arguments, threads);
+        workspace_.step(view, *kernel_, arguments, threads, own_threads);
     }
 
    private:
@@ -52,11 +53,13 @@ PYBIND11_MODULE(_cpu, module) {
     bind_table(module);
     bind_watch(module);
     module.def("instruction_sets", &instruction_sets);
+    module.def("torch_threads_serve", &torch_threads_serve);
     module.def(
         "prefer_huge_pages",
         [](uintptr_t address, size_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(address), bytes); },
         py::arg("address"), py::arg("bytes"));
     py::class_<Stepper>(module, "Stepper", py::module_local())
         .def(py::init<const TableBinding&, const std::string&>(), py::arg("table"), py::arg("instruction_set"))
-        .def("step", &Stepper::step, py::arg("table"), py::arg("grad_scale"), py::arg("threads"));
+        .def("step", &Stepper::step, py::arg("table"), py::arg("grad_scale"), py::arg("threads"),
+             py::arg("own_threads"));
 }

@@ -4,31 +4,12 @@
 
 #include <cstring>
 
-#if defined(__linux__)
-#include <dlfcn.h>
-#endif
+#include "../torch/symbol.h"
 
 namespace py = pybind11;
 
 namespace lookahead_fused {
 namespace {
-
-// A function of the libtorch that this process has loaded already.
-void* symbol(const char* name) {
-#if defined(__linux__)
-    static void* const library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library == nullptr ? nullptr : dlsym(library, name);
-#else
-    (void)name;
-    return nullptr;
-#endif
-}
-
-template <class Function>
-bool set(Function& function, const char* name) {
-    function = reinterpret_cast<Function>(symbol(name));
-    return function != nullptr;
-}
 
 // An at::Tensor is a pointer to its implementation: where in the Python object one to this tensor's stands; 0 for none.
 size_t offset_of_tensor(PyObject* tensor) {
@@ -66,10 +47,11 @@ const TorchShim* TorchShim::find(PyObject* tensor) {
 
 bool TorchShim::load(PyObject* tensor) {
     offset_ = offset_of_tensor(tensor);
-    return offset_ != 0 && set(layout_, "aoti_torch_get_layout") && set(dtype_, "aoti_torch_get_dtype") &&
-           set(device_type_, "aoti_torch_get_device_type") && set(device_index_, "aoti_torch_get_device_index") &&
-           set(data_, "aoti_torch_get_data_ptr") && set(ndim_, "aoti_torch_get_dim") &&
-           set(shape_, "aoti_torch_get_sizes") && set(strides_, "aoti_torch_get_strides");
+    return offset_ != 0 && find_in_torch(layout_, "aoti_torch_get_layout") &&
+           find_in_torch(dtype_, "aoti_torch_get_dtype") && find_in_torch(device_type_, "aoti_torch_get_device_type") &&
+           find_in_torch(device_index_, "aoti_torch_get_device_index") &&
+           find_in_torch(data_, "aoti_torch_get_data_ptr") && find_in_torch(ndim_, "aoti_torch_get_dim") &&
+           find_in_torch(shape_, "aoti_torch_get_sizes") && find_in_torch(strides_, "aoti_torch_get_strides");
 }
 
 }  // namespace lookahead_fused

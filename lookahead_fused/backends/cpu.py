@@ -17,6 +17,8 @@ DEVICES = ("cpu",)
 
 # None: the best that this machine has. Set by tests, which compare them.
 instruction_set: str | None = None
+# False: torch's threads where they serve. Set by tests, which compare both.
+own_threads = False
 
 
 def native() -> ModuleType | None:
@@ -37,4 +39,4 @@ def step(part: Part, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | 
     if part.stepper is None:
         part.stepper = module.Stepper(part.native, instruction_set or module.instruction_sets()[-1])
     scale = None if grad_scale is None else float(grad_scale)
-    part.stepper.step(part.native, scale, torch.get_num_threads())
+    part.stepper.step(part.native, scale, torch.get_num_threads(), own_threads)
