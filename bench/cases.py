@@ -123,6 +123,7 @@ def equal(tensors: int, elements: int) -> tuple[Shape, ...]:
 CASES = {
     "resnet50": Case("ResNet-50", resnet50()),
     "bert-large": Case("BERT-large", bert_large()),
+    "small-gpt": Case("GPT, 6 layers of 256", gpt2(layers=6, width=256, vocabulary=256, context=128)),
     "gpt2-small": Case("GPT-2 small", gpt2(layers=12, width=768)),
     "gpt2-xl": Case("GPT-2 XL", gpt2(layers=48, width=1600)),
     "llama3-8b-8": Case("Llama-3-8B, 1 of 8 ranks", shard(llama3_8b(), 8)),

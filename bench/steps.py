@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cases
 import opponents
+import torch
 import traffic
 from device import LARGE, Device
 from figures import Figure, Report, scaled
@@ -30,6 +31,7 @@ PACKAGES = tuple(
 )  # fmt: skip
 ALL_FAR = tuple(name for name in OPPONENTS if name not in (SYNC, PLAIN, MASTERS))
 GRADIENTS = "the same gradient tensors at every step"
+IN_TRAINING = "each step right after a parallel operator of torch's"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,9 @@ class Comparison:
         share_target: the percentage of the ceiling that must be reached, on a CPU.
         at_full: also compare with ours in fp32.
         ceiling: also compare with the bandwidth ceiling, where the list is large.
+        in_training: before every step torch runs an operator on all its threads, as a backward pass ends with. They
+            then spin on their cores for milliseconds, and a step on other threads waits for those cores. The operator
+            leaves the caches full of its own memory, as a backward pass leaves them full of activations.
     """
 
     case: str
@@ -57,13 +62,15 @@ class Comparison:
     share_target: float | None = None
     at_full: bool = False
     ceiling: bool = True
+    in_training: bool = False
 
     @property
     def title(self) -> str:
         case, setting = cases.CASES[self.case], self.setting
         layout = "" if self.layout == "one" else f", {cases.LAYOUTS[self.layout]}"
         dtype, rule = opponents.DTYPE_TITLES[setting.dtype], opponents.RULE_TITLES[setting.rule]
-        return f"{case}, {dtype}, {rule}, k={setting.k}{layout}"
+        when = f", {IN_TRAINING}" if self.in_training else ""
+        return f"{case}, {dtype}, {rule}, k={setting.k}{layout}{when}"
 
     @property
     def short(self) -> str:
@@ -73,6 +80,7 @@ class Comparison:
         parts += [setting.dtype] if setting.dtype != "fp32" else []
         parts += [f"k={setting.k}"] if setting.k != K else []
         parts += {"one": [], "decay": ["2 groups"], "each": ["group per tensor"]}[self.layout]
+        parts += ["in training"] if self.in_training else []
         return ", ".join(parts)
 
 
@@ -85,7 +93,9 @@ COMPARISONS = {
     ),
     "one-large": Comparison("one-large", rounds=16, targets={SYNC: 1.15, PLAIN: 0.97}, share_target=95),
     "many-small": Comparison("many-small", rounds=16, far=ALL_FAR, targets={SYNC: 20}),
+    "small-gpt-training": Comparison("small-gpt", rounds=6, targets={SYNC: 1.25, PLAIN: 1.0}, in_training=True),
     # The rest of the lists.
+    "small-gpt-adamw": Comparison("small-gpt"),
     "resnet50-sgd": Comparison("resnet50", Setting("sgd"), far=ALL_FAR),
     "resnet50-adamw": Comparison("resnet50", far=ALL_FAR),
     "resnet50-adam": Comparison("resnet50", Setting("adam")),
@@ -174,7 +184,8 @@ def compare(comparison: Comparison, device: Device, effort: Effort) -> Report:
     # A figure with a target gets twice the time of one that informs.
     budget = effort.budget * (2 if comparison.targets else 1)
     turns = schedule(case.elements, setting.k, effort.of(comparison.rounds), budget)
-    samples = device.interleave([*sides, *ceilings], turns)
+    prepare = _operator(device) if comparison.in_training else None
+    samples = device.interleave([replace(side, prepare=prepare) for side in (*sides, *ceilings)], turns)
     figures = [
         Figure(
             f"{OURS} against {side.name}", ratio(samples, OURS, side.name), "x",
@@ -191,7 +202,8 @@ def compare(comparison: Comparison, device: Device, effort: Effort) -> Report:
     few = schedule(case.elements, setting.k, max(2, round(min(turns.rounds, 9) / 3)), effort.budget / 6)
     beside = f"{OURS}, beside those below"
     for other in _willing(comparison.far, setting, skipped):
-        pair = device.interleave([Side(OURS, mine.step), _side(other, setting, comparison, params)], few)
+        both = (Side(OURS, mine.step), _side(other, setting, comparison, params))
+        pair = device.interleave([replace(side, prepare=prepare) for side in both], few)
         figures.append(
             Figure(f"{OURS} against {other.name}", ratio(pair, OURS, other.name), "x", kind="ratio", of=other.name)
         )
@@ -227,6 +239,12 @@ def about(comparison: Comparison, setting: Setting, names: Sequence[str]) -> dic
 def _side(other: Opponent, setting: Setting, comparison: Comparison, params: Sequence[nn.Parameter]) -> Side:
     own = cases.groups(cases.twin(params), comparison.layout)
     return Side(other.name, other.make(setting, own).step)
+
+
+def _operator(device: Device) -> Callable[[], object]:
+    """An operator on all of torch's threads, and over more memory than most caches hold."""
+    operand = torch.zeros(1 << 26, device=device.name)
+    return lambda: operand.add_(1.0)
 
 
 def _willing(names: Sequence[str], setting: Setting, skipped: dict[str, str]) -> list[Opponent]:

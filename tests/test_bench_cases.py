@@ -12,6 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import cases
 import opponents
+import steps
+from device import Cpu
+from measure import Effort, Samples, Schedule, Side
 from opponents import OPPONENTS, PLAIN, SYNC, Setting
 
 
@@ -117,6 +120,28 @@ def test_all_sides_do_the_same_work(name: str, rule: str, dtype: str, layout: st
     # A master's last place may round a 16-bit parameter to the other side.
     tolerance = (1e-5, 1e-7) if dtype == "fp32" else (2**-7, 1e-7)
     torch.testing.assert_close(mine, other, rtol=tolerance[0], atol=tolerance[1])
+
+
+@pytest.mark.parametrize("in_training", [False, True])
+def test_in_training_an_operator_comes_before_every_step(in_training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every side, near and far; and it writes more than torch's smallest parallel piece."""
+    seen: list[Side] = []
+
+    def interleave(self: Cpu, sides: list[Side], schedule: Schedule) -> Samples:
+        seen.extend(sides)
+        return {side.name: [1.0, 1.0] for side in sides}
+
+    monkeypatch.setattr(Cpu, "interleave", interleave)
+    comparison = steps.Comparison("many-small", far=steps.FAR[:1], in_training=in_training)
+    report = steps.compare(comparison, Cpu(), Effort())
+    assert len(seen) == 5
+    assert (steps.IN_TRAINING in report.title) == in_training
+    for side in seen:
+        assert (side.prepare is not None) == in_training
+        if side.prepare is not None:
+            written = side.prepare()
+            assert isinstance(written, torch.Tensor)
+            assert written.numel() > 1 << 20
 
 
 def test_every_opponent_serves_or_says_why_not() -> None:
