@@ -28,6 +28,9 @@ help: ## this list
 demo: $(VENV)/.extra-demo ## train with and without Lookahead and compare (QUICK=1: a short run)
 	$(PY) bench/demo.py $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
+# Two workers share the cores: a thread that spins, as OpenMP's do by default, takes one from the other's test.
+test test-torches: export OMP_WAIT_POLICY ?= passive
+
 test: $(VENV)/.extra-test $(VENV)/.extra-demo ## the whole test suite
 	LOOKAHEAD_FUSED_EXPECTED_IN=$(CURDIR) $(PY) $(PYTEST) $(ARGS)
 
