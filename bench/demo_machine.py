@@ -31,17 +31,17 @@ def busy_share(seconds: float = 0.5) -> float | None:
     return 1 - idle / total
 
 
-def core_seconds() -> tuple[float, float] | None:
+def core_seconds(tasks: Path = Path("/proc/self/task")) -> tuple[float, float] | None:
     """Seconds that this process's threads ran, and waited for a core while ready to; None except on Linux."""
-    ran = waited = 0.0
-    try:
-        for thread in Path("/proc/self/task").iterdir():
-            on_core, ready, _ = (thread / "schedstat").read_text().split()
-            ran += int(on_core) / 1e9
-            waited += int(ready) / 1e9
-    except OSError:
+    told = []
+    for thread in tasks.iterdir() if tasks.exists() else ():
+        try:
+            told.append((thread / "schedstat").read_text().split())
+        except OSError:  # it ended since it was listed
+            continue
+    if not told:
         return None
-    return ran, waited
+    return sum(int(ran) for ran, _, _ in told) / 1e9, sum(int(waited) for _, waited, _ in told) / 1e9
 
 
 def waited_share(before: tuple[float, float] | None, after: tuple[float, float] | None) -> float | None:

@@ -323,6 +323,15 @@ def test_time_on_cores_is_seen() -> None:
     assert 0.05 < after[0] - before[0] < 5
 
 
+def test_a_thread_that_ends_while_threads_are_counted_is_left_out(tmp_path: Path) -> None:
+    for name, content in (("1", "3000000000 1000000000 7"), ("2", None), ("3", "500000000 0 1")):
+        (tmp_path / name).mkdir()
+        if content:
+            (tmp_path / name / "schedstat").write_text(content)
+    assert demo_machine.core_seconds(tmp_path) == (3.5, 1.0)
+    assert demo_machine.core_seconds(tmp_path / "nowhere") is None
+
+
 @pytest.mark.parametrize(("idle", "policy"), [(95, {}), (40, {"OMP_WAIT_POLICY": "passive"})])
 def test_threads_sleep_only_where_other_work_holds_the_cores(
     idle: int, policy: dict[str, str], monkeypatch: pytest.MonkeyPatch
