@@ -23,7 +23,7 @@ from replay import Replay, now
 @pytest.mark.parametrize("name", suite.BENCHMARKS)
 def bench(name: str, benchmark: Any, device: Device, effort: Effort) -> None:
     try:
-        report = suite.run(name, device, effort)
+        report = suite.run_apart(name, device, effort)
     except Unavailable as reason:
         pytest.skip(str(reason))
     benchmark.group = "comparisons" if name in suite.COMPARISONS else "measures"

@@ -2,8 +2,8 @@
 
     python bench/cpu.py [--only NAME ...] [--json FILE] [--rounds N] [--threads N] [--strict]
 
-All sides of a benchmark live in one process and take turns; measure.py says how, and why only ratios count. The same
-benchmarks with less effort, and the rest of them, are in `make bench`.
+All sides of a benchmark live in one process of its own and take turns; measure.py says how, and why only ratios count.
+The same benchmarks with less effort, and the rest of them, are in `make bench`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> int:
     skipped = []
     for name in options.only or suite.TARGETED:
         try:
-            reports[name] = suite.run(name, Cpu(), effort)
+            reports[name] = suite.run_apart(name, Cpu(), effort)
             print(f"[{name}] {reports[name]}\n", flush=True)
         except Unavailable as reason:
             skipped.append(name)

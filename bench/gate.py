@@ -2,14 +2,12 @@
 
     python bench/gate.py check [--counts] [--baseline FILE]
     python bench/gate.py baseline [--counts] [--baseline FILE]
-    python bench/gate.py ratios NAME
 
 The baseline holds counts, and ratios of times with the spread that several runs of the same code had; never a time.
 Ratios of times are another machine's business: on another processor, number of cores or GPU they are not compared, and
 the gate says so. Instructions are compared where all that they depend on is the same. A ratio that has fallen is
-measured again before it counts: noise passes, a slower step stays slower. Each time a process of its own measures, what
-`ratios` is for: where a process has its memory makes up to a quarter of some ratios (torch's bf16 moments), and stays
-as it is for as long as the process lives.
+measured again before it counts: noise passes, a slower step stays slower. Each time a process of its own measures
+(`suite.apart`).
 """
 
 from __future__ import annotations
@@ -19,10 +17,9 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -169,22 +166,7 @@ def measure_apart(name: str) -> dict[str, Figure]:
     Raises:
         Unavailable: it cannot be made here.
     """
-    command = [sys.executable, str(Path(__file__)), "ratios", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{name} could not be measured:\n{done.stdout}{done.stderr}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    if "unavailable" in found:
-        raise Unavailable(found["unavailable"])
-    return {of: Figure("", Spread(**value), "x", kind="ratio", of=of) for of, value in found["values"].items()}
-
-
-def print_ratios(name: str) -> None:
-    """What `measure_apart` reads, on a line."""
-    try:
-        print(json.dumps({"values": {of: asdict(figure.value) for of, figure in measure_ratios(name).items()}}))
-    except Unavailable as reason:
-        print(json.dumps({"unavailable": str(reason)}))
+    return suite.apart(measure_ratios, name)
 
 
 def make_ratios(
@@ -228,16 +210,10 @@ def make_instructions() -> dict[str, Any] | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="compares with a baseline of counts and ratios", allow_abbrev=False)
-    parser.add_argument("command", choices=("check", "baseline", "ratios"))
-    parser.add_argument("name", nargs="?", choices=suite.GATED, help="of `ratios`: the benchmark to measure")
+    parser.add_argument("command", choices=("check", "baseline"))
     parser.add_argument("--counts", action="store_true", help="counts alone, no ratios of times")
     parser.add_argument("--baseline", type=Path, default=BASELINE, metavar="FILE")
     options = parser.parse_args(arguments)
-    if (options.name is None) == (options.command == "ratios"):
-        parser.error("a name goes with the command ratios")
-    if options.command == "ratios":
-        print_ratios(options.name)
-        return 0
     before = json.loads(options.baseline.read_text()) if options.baseline.exists() else {}
     try:
         found = counts.all_counts()

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
+from typing import TypeVar
 
 import growth
 import memory
+import torch
 from device import Cpu, Cuda, Device
 from figures import Report
 from measure import Effort, Others
 from steps import COMPARISONS, Comparison, compare
 
 Benchmark = Callable[[Device, Effort], Report]
+Result = TypeVar("Result")
 
 DEVICES: dict[str, Callable[[], Device]] = {"cpu": Cpu, "cuda": Cuda}
 
@@ -58,8 +63,36 @@ def run(name: str, device: Device, effort: Effort) -> Report:
     report = BENCHMARKS[name](device, effort)
     report.others = others.share()
     report.about.setdefault("device", device.name)
+    report.about["threads"] = torch.get_num_threads()
     gc.collect()  # optimizers are cyclic: some gigabytes that the next benchmark needs
     return report
+
+
+def run_apart(name: str, device: Device, effort: Effort) -> Report:
+    """The same; on a CPU by a process of its own, on as many threads as this one has torch use.
+
+    Raises:
+        Unavailable: it cannot be made here; the message says why.
+    """
+    if device.name != "cpu":
+        return run(name, device, effort)
+    return apart(_run_on_cpu, name, effort, torch.get_num_threads())
+
+
+def apart(task: Callable[..., Result], *arguments: object) -> Result:
+    """What a module's function returns, or raises, in a process of its own.
+
+    Where a process has its memory, and how much earlier benchmarks have used of it, makes a tenth of many ratios and a
+    quarter of some (torch's bf16 moments), and stays as it is for as long as the process lives. One process for all
+    gives each benchmark figures that it does not have alone.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(task, *arguments).result()
+
+
+def _run_on_cpu(name: str, effort: Effort, threads: int) -> Report:
+    torch.set_num_threads(threads)
+    return run(name, Cpu(), effort)
 
 
 def without_opponents(name: str) -> Benchmark:

@@ -21,8 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import cases
 import ceiling
 import measure
+import suite
+from device import Cpu
 from figures import Figure, Report
-from measure import Schedule, Side, growth_rate, interleave, ratio, slope, spread
+from measure import Effort, Schedule, Side, growth_rate, interleave, ratio, slope, spread
+from opponents import Unavailable
 
 BENCH = Path(cases.__file__).parent
 STEP_BY_STEP = Schedule(rounds=8, turns=5, period=5)
@@ -266,6 +269,12 @@ def test_a_report_says_when_the_machine_was_busy() -> None:
     report.others = 0.01
     assert "TOO BUSY" not in str(report)
     assert str(report).endswith("pass")
+
+
+def test_a_benchmark_has_a_process_of_its_own() -> None:
+    assert suite.apart(os.getpid) != os.getpid()
+    with pytest.raises(Unavailable, match="the host does the work"):
+        suite.run_apart("host-alone", Cpu(), Effort())
 
 
 def test_the_command(tmp_path: Path) -> None:

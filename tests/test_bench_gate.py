@@ -6,7 +6,6 @@ Most of it runs on planted numbers; what is planted into the optimizer itself is
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,10 +24,11 @@ import gate
 import instructions
 import opponents
 import steps
+import suite
 import traffic
 from figures import Figure
 from measure import Spread
-from opponents import PLAIN, SYNC, Setting, Unavailable
+from opponents import PLAIN, SYNC, Setting
 
 from lookahead_fused import LookaheadAdamW, LookaheadSGD
 
@@ -114,27 +114,11 @@ def test_a_baseline_has_the_spread_of_several_runs() -> None:
     assert made["benchmarks"]["gpt2"][SYNC]["spread"] == 0.09
 
 
-def test_what_another_process_measured_arrives(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def process(command: list[str], **options: Any) -> Any:
-        status = gate.main(command[2:])
-        return subprocess.CompletedProcess(command, status, capsys.readouterr().out, "")
-
-    def unavailable(name: str) -> dict[str, Figure]:
-        raise Unavailable(f"no memory for {name}")
-
-    monkeypatch.setattr(subprocess, "run", process)
-    here = figures(1.2, q1=0.02)("gpt2-adamw")
-    monkeypatch.setattr(gate, "measure_ratios", lambda name: here)
-    there = gate.measure_apart("gpt2-adamw")
-    assert {of: figure.value for of, figure in there.items()} == {of: figure.value for of, figure in here.items()}
-    monkeypatch.setattr(gate, "measure_ratios", unavailable)
-    with pytest.raises(Unavailable, match="no memory for gpt2-adamw"):
-        gate.measure_apart("gpt2-adamw")
-    monkeypatch.setattr(gate, "main", lambda words: 1)
-    with pytest.raises(RuntimeError, match="gpt2-adamw could not be measured"):
-        gate.measure_apart("gpt2-adamw")
+def test_the_gate_measures_in_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(suite, "apart", lambda *task: asked.append(task))
+    gate.measure_apart("gpt2-adamw")
+    assert asked == [(gate.measure_ratios, "gpt2-adamw")]
 
 
 # ------------------------------------------------------------------------------------------------------------

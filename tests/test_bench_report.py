@@ -54,6 +54,7 @@ def test_the_suite_writes_pytest_benchmarks_format(content: dict[str, Any]) -> N
     # The samples of ours went through the fixture's clock.
     assert benchmark["stats"]["mean"] == pytest.approx(sum(info["seconds"][OURS]) / 2, rel=1e-4)
     assert (info["rule"], info["layout"], info["tensors"], info["device"]) == ("adamw", "each", 1000, "cpu")
+    assert info["threads"] == 1
     figure = next(f for f in info["figures"] if f["of"] == SYNC)
     assert figure["value"]["q1"] <= figure["value"]["median"] <= figure["value"]["q3"]
     assert content["conditions"]["torch"] == torch.__version__
