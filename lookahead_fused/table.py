@@ -7,9 +7,9 @@ compiled check says so, and only gradients and hyperparameters are read again.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
-from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -154,6 +154,8 @@ class Table:
         chosen: list[tuple[Tensor, dict[str, Any], int, ModuleType]] = []
         seen: set[Tensor] = set()
         dormant: list[Tensor] = []
+        # Asked once for each parameter, and answered once for each group's backend and device.
+        backend_for = functools.cache(choose)
         for index, group in enumerate(groups):
             for position, param in enumerate(group["params"]):
                 if param in seen:
@@ -167,7 +169,7 @@ class Table:
                 if self.rule.reads_gradient:
                     check_gradient(param.grad, param, name)
                 check_state(param, state.get(param, {}), self.rule, name)
-                backend = choose(group[self.settings.backend], local_tensor(param).device, self.settings.backend)
+                backend = backend_for(group[self.settings.backend], local_tensor(param).device, self.settings.backend)
                 chosen.append((param, group, index, backend))
 
         if any(_is_capturing(local_tensor(param).device) for param, *_ in chosen):
@@ -232,8 +234,8 @@ class Table:
                 fields=tuple((f.key, f.item, f.slot, f.kind, f.low, f.high) for f in self.fields),
                 # Neither holds the part or this table, which hold what is made here: the optimizer's memory is free as
                 # soon as it is deleted, without waiting for the garbage collector.
-                conform=partial(_conform, part.places, part.grad_dtype),
-                read_group=partial(_read_group, self.fields, self.settings.backend),
+                conform=functools.partial(_conform, part.places, part.grad_dtype),
+                read_group=functools.partial(_read_group, self.fields, self.settings.backend),
                 chunk_elements=chunk_elements,
             )
             part.rows = []
