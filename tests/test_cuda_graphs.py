@@ -20,27 +20,27 @@ pytestmark = pytest.mark.usefixtures("runtime")
 class Capture:
     """A stream that is captured, and the graph that comes of it."""
 
-    def __init__(self, library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.library = library
-        self.stream = library.control_make_stream(0)
+    def __init__(self, runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runtime = runtime
+        self.stream = runtime.control_make_stream(0)
         self.graph = None
         table: Any = sys.modules["lookahead_fused.table"]
         monkeypatch.setattr(table, "_is_capturing", Torch.is_capturing)
 
     def __enter__(self) -> Capture:
         Torch.stream = self.stream
-        self.library.control_begin_capture(ctypes.c_void_p(self.stream))
+        self.runtime.control_begin_capture(ctypes.c_void_p(self.stream))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.graph = self.library.control_end_capture(ctypes.c_void_p(self.stream))
+        self.graph = self.runtime.control_end_capture(ctypes.c_void_p(self.stream))
         Torch.stream = 0
 
     def replay(self) -> None:
-        assert self.library.control_replay(ctypes.c_void_p(self.graph)) == 0
+        assert self.runtime.control_replay(ctypes.c_void_p(self.graph)) == 0
 
     def destroy(self) -> None:
-        self.library.control_destroy_graph(ctypes.c_void_p(self.graph))
+        self.runtime.control_destroy_graph(ctypes.c_void_p(self.graph))
 
 
 @pytest.mark.parametrize("rule", RULES)
