@@ -3,7 +3,7 @@
 #   TORCH    what `pip install` is told to get torch:  make test TORCH="torch==2.14.1"
 #   TORCHES  the releases that `make test-torches` runs one wheel under
 #   ARCHS    what the CUDA module of `make wheel` is built for:  make wheel ARCHS="9.0 10.0+PTX"
-#   PICTURE  where `make bench` draws the ratios:  make bench PICTURE=bench/cpu.png
+#   PICTURE  where `make bench` draws the ratios:  make bench PICTURE=bench/report/cpu.png
 #   ARGS     further arguments of the script or of pytest:  make test ARGS="-k checkpoint"
 
 PYTHON ?= python3
@@ -17,22 +17,29 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 # Benchmarks say nothing while two workers share the machine.
 PYTEST := -m pytest -n $(WORKERS) --dist loadgroup --benchmark-disable
-CPP_FILES = $(shell find csrc bench tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+CPP_FILES = $(shell find csrc bench -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench bench-cpu bench-check bench-baseline bench-predict wheel test-torches sanitize gpu-report clean
+.PHONY: help demo test test-tools lint format bench bench-cpu bench-check bench-baseline bench-predict wheel test-torches sanitize sanitize-cpu gpu-report clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.extra-demo ## train with and without Lookahead and compare (QUICK=1: a short run)
-	$(PY) bench/demo.py $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+	$(PY) -m bench.demo $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 # Two workers share the cores: a thread that spins, as OpenMP's do by default, takes one from the other's test.
-test test-torches: export OMP_WAIT_POLICY ?= passive
+test test-tools test-torches sanitize-cpu: export OMP_WAIT_POLICY ?= passive
 
-test: $(VENV)/.extra-test $(VENV)/.extra-demo ## the whole test suite
-	LOOKAHEAD_FUSED_EXPECTED_IN=$(CURDIR) $(PY) $(PYTEST) $(ARGS)
+# What builds wheels, reads machine code, reports a build or measures is no other under another torch, and takes as long
+# as the rest.
+TOOLS := building benchmarks
+
+test: $(VENV)/.extra-test ## the tests of the package
+	LOOKAHEAD_FUSED_EXPECTED_IN=$(CURDIR) $(PY) $(PYTEST) $(TOOLS:%=--ignore tests/%) $(ARGS)
+
+test-tools: $(VENV)/.extra-test $(VENV)/.extra-demo ## the tests of what builds it, of the machine code, and of the benchmarks
+	LOOKAHEAD_FUSED_EXPECTED_IN=$(CURDIR) $(PY) $(PYTEST) $(ARGS) $(TOOLS:%=tests/%)
 
 lint: $(VENV)/.extra-lint ## ruff, mypy and clang-format, changing nothing
 	$(VENV)/bin/ruff check .
@@ -45,30 +52,30 @@ format: $(VENV)/.extra-lint ## rewrite the sources as `make lint` wants them
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CPP_FILES)
 
-BENCH := -m pytest -q -p no:cacheprovider --benchmark-quiet bench/bench_suite.py
+BENCH := -m pytest -q -p no:cacheprovider --benchmark-quiet bench/suites/bench_suite.py
 
 bench: $(VENV)/.extra-test $(VENV)/.extra-demo ## every benchmark on this CPU: a table, build/bench/bench.json and report.html
 	@mkdir -p build/bench
 	$(PY) $(BENCH) --benchmark-json=build/bench/bench.json $(ARGS)
-	$(PY) bench/report.py build/bench/bench.json --html build/bench/report.html --picture $(PICTURE) \
+	$(PY) -m bench.report build/bench/bench.json --html build/bench/report.html --picture $(PICTURE) \
 	  --gpu gpu-report.json
 
-bench-check: $(VENV)/.extra-test ## compare with bench/baseline.json (ARGS=--counts: without ratios of times)
-	$(PY) bench/gate.py check $(ARGS)
+bench-check: $(VENV)/.extra-test ## compare with bench/suites/baseline.json (ARGS=--counts: without ratios of times)
+	$(PY) -m bench.suites.gate check $(ARGS)
 
-bench-baseline: $(VENV)/.extra-test ## renew bench/baseline.json (ARGS=--counts: keep its ratios of times)
-	$(PY) bench/gate.py baseline $(ARGS)
+bench-baseline: $(VENV)/.extra-test ## renew bench/suites/baseline.json (ARGS=--counts: keep its ratios of times)
+	$(PY) -m bench.suites.gate baseline $(ARGS)
 
 bench-predict: $(VENV)/.extra-demo ## a prediction for GPUs, beside what make gpu-report measured
-	$(PY) bench/predict.py gpu-report.json
+	$(PY) -m bench.report.predict gpu-report.json
 
 bench-cpu: $(VENV)/.built ## step times against torch's optimizers on this CPU
-	$(PY) bench/cpu.py $(ARGS)
+	$(PY) -m bench.suites.cpu $(ARGS)
 
 wheel: $(VENV)/.tools ## a wheel in dist/, and what machine code is in it
 	@start=$$(date +%s); $(if $(ARCHS),TORCH_CUDA_ARCH_LIST="$(ARCHS)") $(PIP) wheel --no-deps --wheel-dir dist . \
 	  && echo "built in $$(($$(date +%s) - start)) s on $$(getconf _NPROCESSORS_ONLN) cores"
-	$(PY) tests/cuda_code.py $(if $(ARCHS),--expect "$(ARCHS)") "$$(ls -t dist/*.whl | head -1)"
+	$(PY) -m bench.gpu.cuda_code $(if $(ARCHS),--expect "$(ARCHS)") "$$(ls -t dist/*.whl | head -1)"
 
 # Where there is a GPU. Each tool runs the tests that launch kernels; PyTorch's caching of memory would hide from it
 # where a tensor ends.
@@ -82,23 +89,26 @@ sanitize: $(VENV)/.extra-test sanitizer-found ## compute-sanitizer's memcheck, r
 	  $(SANITIZE) --tool $$check $(PY) -m pytest -q -p no:cacheprovider --benchmark-disable $(SANITIZED) $(ARGS) tests; \
 	done
 
+sanitize-cpu: $(VENV)/.extra-test ## the suite over a CPU module with ASan and UBSan in it (QUICK=1: a part of it)
+	$(PY) tests/sanitize_cpu.py $(if $(filter-out 0,$(QUICK)),--quick) -n $(WORKERS) --dist loadgroup $(ARGS)
+
 .PHONY: sanitizer-found
 sanitizer-found:
 	@command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not on PATH; it comes with the CUDA toolkit, \
 	and with NVIDIA's package nvidia-cuda-sanitizer-api (in nvidia/cu13/bin of site-packages)"; exit 1; }
 
 gpu-report: $(VENV)/.extra-test $(VENV)/.extra-demo ## all that a first GPU is for: gpu-report.txt and .json
-	@$(PY) tests/gpu_report.py gpu-report.txt \
+	@$(PY) -m bench.gpu.stages gpu-report.txt \
 	  environment "$(PY) -m lookahead_fused" \
 	  --gpu driver "nvidia-smi" \
 	  tests "$(PY) -m pytest -q -p no:cacheprovider --benchmark-disable -k \"cuda or triton\" $(ARGS) tests" \
 	  --gpu sanitizer "make --no-print-directory sanitize" \
 	  --gpu benchmark "$(PY) $(BENCH) --device cuda --benchmark-json=gpu-report.json" \
-	  --gpu ratios "$(PY) bench/report.py gpu-report.json" \
-	  --gpu prediction "$(PY) bench/predict.py gpu-report.json"
+	  --gpu ratios "$(PY) -m bench.report gpu-report.json" \
+	  --gpu prediction "$(PY) -m bench.report.predict gpu-report.json"
 
 # PYTHONSAFEPATH keeps the source tree off sys.path; the suite checks that it runs the package it is told to expect.
-test-torches: $(VENV)/.tools ## the whole suite against one wheel under each release in TORCHES
+test-torches: $(VENV)/.tools ## the tests of the package against one wheel under each release in TORCHES
 	rm -rf build/torches
 	$(PIP) wheel --no-deps --wheel-dir build/torches .
 	@set -e; for release in $(TORCHES); do \
@@ -106,9 +116,9 @@ test-torches: $(VENV)/.tools ## the whole suite against one wheel under each rel
 	  echo "== $$(basename build/torches/*.whl) under torch $$release"; \
 	  $(PYTHON) -m venv $$venv; \
 	  $$venv/bin/python -m pip --disable-pip-version-check install --quiet "torch==$$release" \
-	    "$$(echo $(CURDIR)/build/torches/*.whl)[test,demo]"; \
+	    "$$(echo $(CURDIR)/build/torches/*.whl)[test]"; \
 	  (cd $$venv && PYTHONSAFEPATH=1 LOOKAHEAD_FUSED_EXPECTED_IN=$$venv bin/python $(PYTEST) \
-	    --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml $(ARGS) $(CURDIR)/tests); \
+	    --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml $(TOOLS:%=--ignore $(CURDIR)/tests/%) $(ARGS) $(CURDIR)/tests); \
 	  rm -rf $$venv; \
 	done
 
@@ -144,6 +154,7 @@ $(VENV)/.tools: $(VENV)/.python pyproject.toml
 # find lists the directories too, so that a file added or removed counts as a change.
 COMPILED_WITH := $(strip $(shell for compiler in c++ g++ clang++; do command -v $$compiler; done; \
   echo "$$CXX" "$$CXXFLAGS" "$$LDFLAGS" "$$LOOKAHEAD_FUSED_CPU"; \
+  echo "$$CUDAFLAGS" "$$CUDAHOSTCXX" "$$NVCC_PREPEND_FLAGS" "$$NVCC_APPEND_FLAGS" "$$NVCC_CCBIN"; \
   command -v nvcc; echo "$$CUDA_HOME" "$$FORCE_CUDA" "$$LOOKAHEAD_FUSED_CUDA" "$$TORCH_CUDA_ARCH_LIST"))
 ifneq ($(shell cat $(VENV)/.built 2>/dev/null),$(COMPILED_WITH))
 .PHONY: $(VENV)/.built

@@ -9,7 +9,8 @@ Read from the environment:
     CUDA_HOME                the toolkit whose nvcc is taken; else the one on PATH, else that of NVIDIA's packages
     TORCH_CUDA_ARCH_LIST     what _cuda is built for: "8.0 9.0a 12.0+PTX", or with ";"; default: see ARCHITECTURES below
     LOOKAHEAD_FUSED_LOCAL_VERSION   is appended to the version: cu130 makes 0.1.0+cu130
-    CXX, CXXFLAGS, LDFLAGS   as in CMake
+    CXX, CXXFLAGS, LDFLAGS, CUDAFLAGS, CUDAHOSTCXX   as in CMake
+    NVCC_PREPEND_FLAGS, NVCC_APPEND_FLAGS   nvcc's own; see csrc/exact.cmake for what none of these can change
     MAX_JOBS                 how many files are compiled at a time (default: Ninja's choice)
 
 A compiler that is there and fails makes the install fail in every case: a mistake in a source file must not
@@ -36,12 +37,17 @@ from typing import NamedTuple
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 from setuptools.errors import ExecError, OptionError, PlatformError
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "lookahead_fused"
 BUILD_INFO = "_build_info.json"
 COMPILERS = ("c++", "g++", "clang++")
+READ_BY_COMPILERS = (
+    *("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX"),
+    *("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN"),
+)
 # Of each generation since Turing what most cards are, of those that the compiler knows; the newest also as PTX, which
 # the driver compiles for cards that come later.
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
@@ -220,7 +226,7 @@ class BuildNativeModules(build_ext):
                 f"-DLOOKAHEAD_FUSED_CUDA_ARCHITECTURES={' '.join(architectures)}",
             ]
         # CMake keeps what it was first told: under another compiler or isolated environment, start over.
-        told = json.dumps([configure, {name: env.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS")}])
+        told = json.dumps([configure, {name: env.get(name) for name in READ_BY_COMPILERS}])
         stamp = build / "configured_with.json"
         if not stamp.is_file() or stamp.read_text(encoding="utf-8") != told:
             shutil.rmtree(build, ignore_errors=True)
@@ -277,6 +283,40 @@ class BuildPython(build_py):
         super().run()
 
 
+class SourceDistribution(sdist):
+    """Of what MANIFEST.in lists takes what git tracks: a scratch file in csrc/ would be compiled by whoever gets it."""
+
+    def make_distribution(self) -> None:
+        tracked = tracked_files()
+        if tracked is not None:
+            # What setuptools has just written about the package is tracked nowhere, and belongs in.
+            written = f"{PACKAGE}.egg-info/"
+            listed = [file.replace(os.sep, "/") for file in self.filelist.files]
+            self.filelist.files = [file for file in listed if file in tracked or file.startswith(written)]
+            sources = Path(ROOT, written, "SOURCES.txt")
+            kept = [line for line in sources.read_text(encoding="utf-8").split("\n") if line in self.filelist.files]
+            sources.write_text("\n".join(kept), encoding="utf-8")
+        super().make_distribution()
+
+
+def tracked_files() -> set[str] | None:
+    """What git tracks of this tree; None where it is no clone, as an unpacked source distribution is none.
+
+    Raises:
+        ExecError: the tree is a clone, and git does not tell.
+    """
+    try:
+        listing = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=False)
+        told, complaint = listing.stdout.split("\0"), listing.stderr.strip()
+    except OSError as error:
+        told, complaint = [], str(error)
+    if "setup.py" in told:  # else this tree lies, untracked, in the clone of something else
+        return set(told)
+    if (ROOT / ".git").exists():
+        raise ExecError(f"git does not tell which files of {ROOT} it tracks, for the source distribution: {complaint}")
+    return None
+
+
 def build_tool(name: str, directory_attribute: str) -> str:
     """The program that the Python package of that name brings, else the one on PATH.
 
@@ -307,5 +347,5 @@ setup(
     options={"egg_info": {"tag_build": f"+{LOCAL_VERSION}"}} if LOCAL_VERSION else {},
     # Named here so that the wheel carries the platform's tag, with or without modules in it.
     ext_modules=[Extension(f"{PACKAGE}.{module.name}", sources=[]) for module in MODULES],
-    cmdclass={"build_ext": BuildNativeModules, "build_py": BuildPython},
+    cmdclass={"build_ext": BuildNativeModules, "build_py": BuildPython, "sdist": SourceDistribution},
 )

@@ -1,17 +1,71 @@
 """Fused Lookahead optimizers for PyTorch."""
 
+import re
 import sys
+from typing import TYPE_CHECKING
+
+
+def _report_is_asked_for() -> bool:
+    """Whether this import is the first half of ``python -m lookahead_fused``."""
+    # While -m looks for its module, sys.argv holds "-m" for the module's place. What stands there in the command line
+    # is its name, alone or after letters of options: -m lookahead_fused, -mlookahead_fused, -Im lookahead_fused.
+    if sys.argv[:1] != ["-m"]:
+        return False
+    named = sys.orig_argv[len(sys.orig_argv) - len(sys.argv)]
+    return re.fullmatch(r"(-[A-Za-z]*m)?lookahead_fused(\.__main__)?", named) is not None
+
+
+_import_error: Exception | None = None
 
 try:
-    from . import build
-    from .backends import BackendStatus, backends
-    from .optimizers import LookaheadAdam, LookaheadAdamW, LookaheadSGD
-    from .wrapper import Lookahead
+    from . import _build as build
+    from ._ema import EMA
+    from ._lookahead import Lookahead
+    from ._optimizers import (
+        LookaheadAdam,
+        LookaheadAdamW,
+        LookaheadLion,
+        LookaheadRAdam,
+        LookaheadRMSprop,
+        LookaheadSGD,
+    )
+    from .backends import BackendStatus
+
+    if TYPE_CHECKING:
+        from .backends import backends
+    else:  # the package, which can be called as its function: the function would hide it from `import ... as`
+        from . import backends
 
     __version__ = build.version()
-except ImportError:
-    # The report `python -m lookahead_fused` comes by here first, and is there to tell what is broken.
-    if sys.orig_argv[1:3] != ["-m", "lookahead_fused"]:
+    # Where a user imports them from. Pickles and help() then name no private module.
+    for _public in (
+        BackendStatus,
+        EMA,
+        Lookahead,
+        LookaheadAdam,
+        LookaheadAdamW,
+        LookaheadLion,
+        LookaheadRAdam,
+        LookaheadRMSprop,
+        LookaheadSGD,
+    ):
+        _public.__module__ = __name__
+except Exception as error:  # a torch whose libraries do not load raises an OSError
+    # The report is there to tell what is broken, and its module is not found unless this one can be imported.
+    if not _report_is_asked_for():
         raise
+    _import_error = error
 
-__all__ = ["BackendStatus", "Lookahead", "LookaheadAdam", "LookaheadAdamW", "LookaheadSGD", "__version__", "backends"]
+__all__ = [
+    "EMA",
+    "BackendStatus",
+    "Lookahead",
+    "LookaheadAdam",
+    "LookaheadAdamW",
+    "LookaheadLion",
+    "LookaheadRAdam",
+    "LookaheadRMSprop",
+    "LookaheadSGD",
+    "__version__",
+    "backends",
+]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 
 def main() -> int:
     """Prints the report. Returns the exit status: 1 where a check failed."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path or a message may hold letters that the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        from .report import collect, render
-    except Exception as error:  # a torch that does not import is what such a report is for
-        print(f"lookahead_fused cannot be imported: {type(error).__name__}: {error}")
+        from ._report import collect, render
+    except Exception as error:  # _report needs the standard library alone: the package itself is damaged
+        print(f"lookahead_fused cannot make its report: {type(error).__name__}: {error}")
         print(f"python: {sys.version}")
         return 1
     sections, healthy = collect()

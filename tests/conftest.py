@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-import cuda_on_host
 import hypothesis
 import pytest
 import torch
 import triton_on_host
 from helpers import BackendCase
+from stand_ins import STAND_INS, cuda_on_host
 
 import lookahead_fused
 from lookahead_fused.backends import BACKENDS
@@ -25,9 +25,6 @@ ULPS_PER_STEP = {"triton": 0.0 if torch.version.cuda is not None else 1.0}
 
 # These ask within a tolerance what test_bits asks of the same options to the bit: in the interpreter, one case does.
 ASKED_TO_THE_BIT = ("test_fp64_is_the_textbook", "test_fp32_is_torch_with_a_manual_sync")
-
-# Backends on the host, by the modules that stand in for a device.
-STAND_INS = {module.NAME: module for module in (cuda_on_host, triton_on_host)}
 
 hypothesis.settings.register_profile(
     "bounded",
@@ -47,6 +44,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the tests of every backend on this one alone; where it does not serve, each of them tells why",
     )
     parser.addoption("--interpret-all", action="store_true", help="every case of every test in Triton's interpreter")
+    parser.addoption("--operations", metavar="N", type=int, default=120, help="random sequences of operations")
+    parser.addoption("--operations-minutes", metavar="M", type=float, help="as many of them as M minutes a rule allow")
+    parser.addoption("--operations-seed", metavar="SEED", type=int, default=0, help="the first sequence")
+    parser.addoption("--operations-without", metavar="NAMES", default="", help="operations left out, by commas")
+    parser.addoption("--kills", metavar="N", type=int, default=3, help="how often a training process is killed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -184,6 +186,26 @@ def host() -> Iterator[Any]:
         yield module
 
 
+@pytest.fixture
+def host_backends() -> Iterator[list[str]]:
+    """Every backend for the CPU's memory that serves here, the stand-ins among them, by their names."""
+    cases = [case for case in backend_cases() if case.device == "cpu" and not refusal(case)]
+    modules = {case.name: STAND_INS[case.name].backend() for case in cases if case.name in STAND_INS}
+    with mock.patch.dict(BACKENDS, modules):
+        yield [case.name for case in cases]
+
+
 @pytest.fixture(autouse=True)
-def seed() -> None:
+def nothing_left_behind() -> Iterator[None]:
+    """Each test begins from one seed, and leaves torch's modes as it found them: the next one runs in this process."""
     torch.manual_seed(0)
+    before = modes()
+    yield
+    left = modes()
+    if left != before:
+        torch.set_grad_enabled(True)
+        pytest.fail(f"left (gradients, default dtype, default device) as {left}, not as {before}")
+
+
+def modes() -> tuple[bool, torch.dtype, torch.device]:
+    return torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()

@@ -14,6 +14,8 @@ from oracle import Exact, Settings, same_bits, ulps
 from torch import Tensor
 
 import lookahead_fused
+from lookahead_fused._parts import Tuning
+from lookahead_fused._table import Table
 
 DTYPE_NAMES = {
     torch.float32: "float32",
@@ -28,8 +30,25 @@ LOOKAHEAD_CLASSES = {
     "adamw": lookahead_fused.LookaheadAdamW,
     "adam": lookahead_fused.LookaheadAdam,
     "sgd": lookahead_fused.LookaheadSGD,
+    "rmsprop": lookahead_fused.LookaheadRMSprop,
+    "radam": lookahead_fused.LookaheadRAdam,
+    "lion": lookahead_fused.LookaheadLion,
 }
-TORCH_CLASSES = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+LOOKAHEAD_ARGUMENTS = ("k", "alpha", "pullback_momentum", "outer_momentum", "outer_nesterov")
+TORCH_CLASSES = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "rmsprop": torch.optim.RMSprop,
+    "radam": torch.optim.RAdam,
+}
+
+
+class UnfusedRMSprop(torch.optim.RMSprop):
+    """A base whose step is its own: a subclass may step differently."""
+
+
+EXTERNAL_CLASSES = {"external": UnfusedRMSprop, "nadam": torch.optim.NAdam}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +126,24 @@ def same_tensor_bits(a: Tensor, b: Tensor) -> bool:
 # optimizers and their oracles
 
 
+def tune(optimizer: Any, **tuning: Any) -> None:
+    """Has a fresh optimizer work as it is told, whatever its own choice would be; see `_parts.Tuning`."""
+    table = optimizer._table
+    optimizer._table = Table(table.rule, table.policy, Tuning(**tuning))
+
+
+def take_lookahead(rule: str, hyper: dict[str, Any]) -> dict[str, Any]:
+    """Takes Lookahead's arguments out of a class's, as a wrapper calls them: RMSprop's `alpha` is its own."""
+    alpha = "lookahead_alpha" if rule == "rmsprop" else "alpha"
+    names = {name: alpha if name == "alpha" else name for name in LOOKAHEAD_ARGUMENTS}
+    return {name: hyper.pop(ours) for name, ours in names.items() if ours in hyper}
+
+
 def wrap(rule: str, groups: Any, backend: BackendCase, **hyper: Any) -> lookahead_fused.Lookahead:
     """`Lookahead` over torch's own class of this rule."""
-    ours = {name: hyper.pop(name) for name in ("k", "alpha", "pullback_momentum") if name in hyper}
-    return lookahead_fused.Lookahead(TORCH_CLASSES[rule](groups, **hyper), **ours, backend=backend.name)
+    ours = take_lookahead(rule, hyper)
+    base = (TORCH_CLASSES | EXTERNAL_CLASSES)[rule](groups, **hyper)
+    return lookahead_fused.Lookahead(base, **ours, backend=backend.name)
 
 
 def make_optimizer(rule: str, groups: Any, backend: BackendCase, **hyper: Any) -> torch.optim.Optimizer:
@@ -124,7 +157,11 @@ def oracle_settings(rule: str, **hyper: Any) -> Settings:
     values = {name: as_python_number(value) for name, value in hyper.items()}
     if "betas" in values:
         values["betas"] = tuple(as_python_number(beta) for beta in values["betas"])
-    return Settings(rule=rule.removeprefix("wrapped-"), **values)
+    rule = rule.removeprefix("wrapped-")
+    ours = take_lookahead(rule, values)
+    if "alpha" in values:
+        values["square_decay"] = values.pop("alpha")
+    return Settings(rule=rule, **values, **ours)
 
 
 def as_python_number(value: Any) -> Any:
@@ -136,7 +173,7 @@ class Lockstep:
     """An optimizer and an exact oracle for each of its parameters, stepped together and compared.
 
     Args:
-        rule: "adamw", "adam", "sgd", or one of them after "wrapped-" for `Lookahead` over torch's class.
+        rule: one of `LOOKAHEAD_CLASSES`, or one of torch's after "wrapped-" for `Lookahead` over torch's class.
         groups: per parameter group its shapes (or parameters) and its own hyperparameters.
         dtype: of the parameters; `grad_dtype` of the gradients (default: the same).
         hyper: hyperparameters for all groups.
@@ -248,10 +285,15 @@ class Composed:
         k: int = 5,
         alpha: float = 0.5,
         pullback_momentum: str = "none",
+        outer_momentum: float = 0.0,
+        outer_nesterov: bool = True,
         momentum_name: str = "exp_avg",
     ) -> None:
         self.optimizer, self.k, self.alpha = optimizer, k, alpha
         self.pullback_momentum, self.momentum_name = pullback_momentum, momentum_name
+        # The outer step is one of SGD along phi - theta.
+        self.outer = dict(lr=alpha, momentum=outer_momentum, nesterov=outer_nesterov and outer_momentum > 0)
+        self.outers: dict[Tensor, torch.optim.SGD] = {}
         self.slow: dict[Tensor, Tensor] = {}
         self.steps: dict[Tensor, int] = {}
         self.cached: dict[Tensor, Tensor] = {}
@@ -266,8 +308,10 @@ class Composed:
         for p in with_grad:
             self.steps[p] = self.steps.get(p, 0) + 1
             if self.steps[p] % self.k == 0:
-                self.slow[p] += self.alpha * (p - self.slow[p])
-                p.copy_(self.slow[p])
+                slow = self.slow[p]
+                slow.grad = slow - p
+                self.outers.setdefault(p, torch.optim.SGD([slow], **self.outer)).step()
+                p.copy_(slow)
                 self._momentum(p)
 
     def _momentum(self, p: Tensor) -> None:
@@ -278,14 +322,15 @@ class Composed:
             momentum.zero_()
             return
         cached = self.cached.get(p, torch.zeros_like(momentum))
-        momentum.mul_(self.alpha).add_((1 - self.alpha) * cached)
+        alpha = min(self.alpha, 1.0)
+        momentum.mul_(alpha).add_((1 - alpha) * cached)
         self.cached[p] = momentum.clone()
 
 
 def composed(rule: str, groups: Any, **hyper: Any) -> Composed:
     """`Composed` over torch's class of `rule`, with our keywords among `hyper`."""
-    ours = {name: hyper.pop(name) for name in ("k", "alpha", "pullback_momentum") if name in hyper}
-    name = "momentum_buffer" if rule == "sgd" else "exp_avg"
+    ours = take_lookahead(rule, hyper)
+    name = "momentum_buffer" if rule in ("sgd", "rmsprop") else "exp_avg"
     return Composed(TORCH_CLASSES[rule](groups, **hyper), **ours, momentum_name=name)
 
 

@@ -1,8 +1,9 @@
 """What the optimizers must compute, stated twice in NumPy and independently of the package.
 
 `Textbook` is the mathematics in fp64, written from the papers: Kingma & Ba 2015 (Adam), Reddi et al.
-2018 (AMSGrad), Loshchilov & Hutter 2019 (decoupled weight decay), torch's documentation of SGD, and
-Zhang et al. 2019 (Lookahead). It says what is right, to rounding.
+2018 (AMSGrad), Loshchilov & Hutter 2019 (decoupled weight decay), Liu et al. 2020 (RAdam), Chen et al.
+2023 (Lion), torch's documentation of SGD, RMSprop and RAdam, Zhang et al. 2019 (Lookahead), and Kallusky et al.
+2025 (outer momentum). It says what is right, to rounding.
 
 `Exact` is the arithmetic: the written order of operations, each rounded once in the compute precision,
 without fused multiply-add. It says which bits are right. It also knows what is stored in which dtype:
@@ -19,7 +20,7 @@ import math
 
 import numpy as np
 
-RULES = ("adamw", "adam", "sgd")
+RULES = ("adamw", "adam", "sgd", "rmsprop", "radam", "lion")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
@@ -28,8 +29,8 @@ class Settings:
     """The hyperparameters of one parameter group, with the defaults that torch and the paper give them."""
 
     rule: str = "adamw"
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
+    lr: float = math.nan  # the rule's own default
+    betas: tuple[float, float] | None = None  # None: the rule's own default
     eps: float = 1e-8
     weight_decay: float | None = None  # None: the rule's own default
     decoupled_weight_decay: bool | None = None  # None: as the rule's name says
@@ -37,18 +38,26 @@ class Settings:
     momentum: float = 0.0
     dampening: float = 0.0
     nesterov: bool = False
+    square_decay: float = 0.99  # RMSprop's own alpha
+    centered: bool = False
     maximize: bool = False
     k: int = 5
     alpha: float = 0.5
     pullback_momentum: str = "none"
+    outer_momentum: float = 0.0
+    outer_nesterov: bool = True
     master_weights: bool = False
 
     def __post_init__(self) -> None:
         assert self.rule in RULES, self.rule
+        if math.isnan(self.lr):
+            object.__setattr__(self, "lr", {"rmsprop": 1e-2, "lion": 1e-4}.get(self.rule, 1e-3))
+        if self.betas is None:
+            object.__setattr__(self, "betas", (0.9, 0.99 if self.rule == "lion" else 0.999))
         if self.weight_decay is None:
             object.__setattr__(self, "weight_decay", 1e-2 if self.rule == "adamw" else 0.0)
         if self.decoupled_weight_decay is None:
-            object.__setattr__(self, "decoupled_weight_decay", self.rule == "adamw")
+            object.__setattr__(self, "decoupled_weight_decay", self.rule in ("adamw", "lion"))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -66,7 +75,9 @@ class Textbook:
         self.m = np.zeros_like(self.theta)
         self.v = np.zeros_like(self.theta)
         self.v_max = np.zeros_like(self.theta)
+        self.g_mean = np.zeros_like(self.theta)
         self.m_at_last_sync = np.zeros_like(self.theta)
+        self.b = np.zeros_like(self.theta)
 
     def step(self, gradient: np.ndarray) -> None:
         s = self.settings
@@ -75,10 +86,9 @@ class Textbook:
         self.t += 1
         g = np.asarray(gradient, dtype=np.float64)
         g = -g if s.maximize else g
-        if s.rule == "sgd":
-            self._sgd(g)
-        else:
-            self._adam(g)
+        with np.errstate(all="ignore"):
+            rules = {"sgd": self._sgd, "rmsprop": self._rmsprop, "radam": self._radam, "lion": self._lion}
+            rules.get(s.rule, self._adam)(g)
         if self.t % s.k == 0:
             self.sync()
 
@@ -104,13 +114,52 @@ class Textbook:
             g = g + s.momentum * self.m if s.nesterov else self.m
         self.theta = self.theta - s.lr * g
 
+    def _rmsprop(self, g: np.ndarray) -> None:
+        s = self.settings
+        g = g + s.weight_decay * self.theta
+        self.v = s.square_decay * self.v + (1 - s.square_decay) * g**2
+        self.g_mean = s.square_decay * self.g_mean + (1 - s.square_decay) * g
+        update = g / (np.sqrt(self.v - self.g_mean**2 if s.centered else self.v) + s.eps)
+        if s.momentum > 0:
+            self.m = s.momentum * self.m + update
+            update = self.m
+        self.theta = self.theta - s.lr * update
+
+    def _radam(self, g: np.ndarray) -> None:
+        s, t = self.settings, self.t
+        beta1, beta2 = s.betas
+        if s.decoupled_weight_decay:
+            self.theta = self.theta - s.lr * s.weight_decay * self.theta
+        else:
+            g = g + s.weight_decay * self.theta
+        self.m = beta1 * self.m + (1 - beta1) * g
+        self.v = beta2 * self.v + (1 - beta2) * g**2
+        m_hat = self.m / (1 - beta1**t)
+        rho_inf = 2 / (1 - beta2) - 1
+        rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
+        if rho > 5:
+            r = math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+            m_hat = m_hat * r * math.sqrt(1 - beta2**t) / (np.sqrt(self.v) + s.eps)
+        self.theta = self.theta - s.lr * m_hat
+
+    def _lion(self, g: np.ndarray) -> None:
+        s = self.settings
+        beta1, beta2 = s.betas
+        c = np.sign(beta1 * self.m + (1 - beta1) * g)
+        self.theta = self.theta - s.lr * (c + s.weight_decay * self.theta)
+        self.m = beta2 * self.m + (1 - beta2) * g
+
     def sync(self) -> None:
         s = self.settings
         assert self.phi is not None
-        self.phi = self.phi + s.alpha * (self.theta - self.phi)
+        pseudo_gradient = self.phi - self.theta
+        self.b = s.outer_momentum * self.b + pseudo_gradient
+        direction = s.outer_momentum * self.b + pseudo_gradient if s.outer_nesterov else self.b
+        self.phi = self.phi - s.alpha * direction
         self.theta = self.phi.copy()
         if s.pullback_momentum == "pullback":
-            self.m = s.alpha * self.m + (1 - s.alpha) * self.m_at_last_sync
+            alpha = min(s.alpha, 1.0)
+            self.m = alpha * self.m + (1 - alpha) * self.m_at_last_sync
             self.m_at_last_sync = self.m.copy()
         elif s.pullback_momentum == "reset":
             self.m = np.zeros_like(self.m)
@@ -148,9 +197,18 @@ class Exact:
 
     @property
     def momentum_name(self) -> str | None:
-        if self.settings.rule != "sgd":
+        if self.settings.rule not in ("sgd", "rmsprop"):
             return "exp_avg"
         return "momentum_buffer" if self.settings.momentum != 0 else None
+
+    @property
+    def other_moments(self) -> list[str]:
+        s = self.settings
+        if s.rule in ("sgd", "lion"):
+            return []
+        if s.rule == "rmsprop":
+            return ["square_avg"] + ["grad_avg"] * s.centered
+        return ["exp_avg_sq"] + ["max_exp_avg_sq"] * s.amsgrad
 
     def step(self, grad: np.ndarray, grad_scale: float | None = None) -> None:
         """One step. `grad` is exact in the compute precision; `grad_scale` is what it was multiplied by."""
@@ -162,7 +220,8 @@ class Exact:
             g = np.asarray(grad, dtype=T)
             unscale = 1.0 / grad_scale if grad_scale is not None else 1.0
             g = g * T((-1.0 if s.maximize else 1.0) * unscale)
-            p = self._sgd(p, g) if s.rule == "sgd" else self._adam(p, g)
+            rules = {"sgd": self._sgd, "rmsprop": self._rmsprop, "radam": self._radam, "lion": self._lion}
+            p = rules.get(s.rule, self._adam)(p, g)
             if self.step_count % s.k == 0:
                 p = self._synced(p)
             self._write(p)
@@ -176,10 +235,11 @@ class Exact:
         p = self.state.get("master_param", self.param)
         zeros = np.zeros_like(self.param)
         names = [] if self.momentum_name is None else [self.momentum_name]
-        if self.settings.rule != "sgd":
-            names += ["exp_avg_sq"] + ["max_exp_avg_sq"] * self.settings.amsgrad
+        names += self.other_moments
         if self.settings.pullback_momentum == "pullback" and self.momentum_name is not None:
-            names.append("slow_momentum")
+            names.append("cached_momentum")
+        if self.settings.outer_momentum != 0:
+            names.append("outer_momentum_buffer")
         for name in names:
             self.state.setdefault(name, zeros.copy())
         self.state.setdefault("slow_param", p.copy())
@@ -227,14 +287,65 @@ class Exact:
             g = g + T(s.momentum) * buf if s.nesterov else buf
         return p - T(s.lr) * g
 
+    def _rmsprop(self, p: np.ndarray, g: np.ndarray) -> np.ndarray:
+        s, T = self.settings, self.T
+        if s.weight_decay != 0:
+            g = g + T(s.weight_decay) * p
+        v = T(s.square_decay) * self.state["square_avg"] + T(1.0 - s.square_decay) * (g * g)
+        self.state["square_avg"] = v
+        if s.centered:
+            mean = self.state["grad_avg"] = lerp(self.state["grad_avg"], g, 1.0 - s.square_decay)
+            v = v - mean * mean
+        denominator = np.sqrt(v) + T(s.eps)
+        if s.momentum > 0:
+            buffer = T(s.momentum) * self.state["momentum_buffer"] + g / denominator
+            self.state["momentum_buffer"] = buffer
+            return p - T(s.lr) * buffer
+        return p - (T(s.lr) * g) / denominator
+
+    def _radam(self, p: np.ndarray, g: np.ndarray) -> np.ndarray:
+        s, T, t = self.settings, self.T, self.step_count
+        beta1, beta2 = s.betas
+        power2 = np.float64(power(beta2, t))
+        rho_inf = np.float64(2.0) / (1.0 - beta2) - 1.0
+        rho = rho_inf - 2.0 * t * power2 / (1.0 - power2)
+        step_size = np.float64(s.lr) / np.float64(1.0 - power(beta1, t))
+        if s.weight_decay != 0:
+            if s.decoupled_weight_decay:
+                p = p * T(1.0 - s.lr * s.weight_decay)
+            else:
+                g = g + T(s.weight_decay) * p
+        m = self.state["exp_avg"] = lerp(self.state["exp_avg"], g, 1.0 - beta1)
+        v = T(beta2) * self.state["exp_avg_sq"] + T(1.0 - beta2) * (g * g)
+        self.state["exp_avg_sq"] = v
+        if not rho > 5.0:
+            return p - T(step_size) * m
+        r = (rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho)
+        return p - (T(step_size * np.sqrt(r * (1.0 - power2))) * m) / (np.sqrt(v) + T(s.eps))
+
+    def _lion(self, p: np.ndarray, g: np.ndarray) -> np.ndarray:
+        s, T = self.settings, self.T
+        beta1, beta2 = s.betas
+        m = self.state["exp_avg"]
+        c = T(beta1) * m + T(1.0 - beta1) * g
+        sign = np.where(c == 0, T(0), np.sign(c))
+        self.state["exp_avg"] = T(beta2) * m + T(1.0 - beta2) * g
+        return p * T(1.0 - s.lr * s.weight_decay) - T(s.lr) * sign
+
     def _synced(self, p: np.ndarray) -> np.ndarray:
-        s = self.settings
-        phi = lerp(self.state["slow_param"], p, s.alpha)
+        s, T = self.settings, self.T
+        if s.outer_momentum != 0:
+            phi, b = self.state["slow_param"], self.state["outer_momentum_buffer"]
+            d = phi - p
+            b = self.state["outer_momentum_buffer"] = T(s.outer_momentum) * b + d
+            phi = phi - T(s.alpha) * (d + T(s.outer_momentum) * b if s.outer_nesterov else b)
+        else:
+            phi = lerp(self.state["slow_param"], p, s.alpha)
         self.state["slow_param"] = phi
         name = self.momentum_name
         if name is not None and s.pullback_momentum == "pullback":
-            m = lerp(self.state["slow_momentum"], self.state[name], s.alpha)
-            self.state[name], self.state["slow_momentum"] = m, m.copy()
+            m = lerp(self.state["cached_momentum"], self.state[name], min(s.alpha, 1.0))
+            self.state[name], self.state["cached_momentum"] = m, m.copy()
         elif name is not None and s.pullback_momentum == "reset":
             self.state[name] = np.zeros_like(p)
         return phi.copy()

@@ -10,6 +10,7 @@ from helpers import (
     DTYPE_NAMES,
     BackendCase,
     Lockstep,
+    UnfusedRMSprop,
     assert_unchanged,
     make_grads,
     make_optimizer,
@@ -156,16 +157,16 @@ class Training:
         torch.manual_seed(0)
         self.model = torch.nn.Linear(6, 3).to(backend.device)
         self.optimizer = self.make_optimizer(rule, backend)
-        # RMSprop has no scaled step: there it is the scaler that unscales the gradients, and that skips.
-        self.reads_scaled = rule != "wrapped-rmsprop"
+        # Around a base without a scaled step it is the scaler that unscales the gradients, and that skips.
+        self.reads_scaled = rule != "wrapped-external"
         # It backs off by halves and never grows: two scales unscale to the same bits.
         self.scaler = torch.amp.GradScaler(backend.device, init_scale=2.0**16, growth_interval=10**6, enabled=scaled)
         self.device = backend.device
 
     def make_optimizer(self, rule: str, backend: BackendCase) -> torch.optim.Optimizer:
         params = list(self.model.parameters())
-        if rule == "wrapped-rmsprop":
-            base = torch.optim.RMSprop(params, lr=0.01, momentum=0.5)
+        if rule == "wrapped-external":
+            base = UnfusedRMSprop(params, lr=0.01, momentum=0.5)
             return lookahead_fused.Lookahead(base, k=2, backend=backend.name)
         return make_optimizer(rule, params, backend, **RULES[rule])
 
@@ -192,7 +193,7 @@ def without_identity(taken: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in taken.items() if name not in ("members", "grads")}
 
 
-@pytest.mark.parametrize("rule", [*RULES, "wrapped-rmsprop"])
+@pytest.mark.parametrize("rule", [*RULES, "wrapped-external"])
 @pytest.mark.parametrize("unscale", [False, True])
 def test_skipped_steps_leave_no_trace(backend: BackendCase, rule: str, unscale: bool) -> None:
     """A run with infinities is, to the bit, the run without those steps; and each of them changes nothing."""
@@ -212,7 +213,7 @@ def test_skipped_steps_leave_no_trace(backend: BackendCase, rule: str, unscale: 
     assert all(with_skips["state"]), "nothing was stepped: proves nothing"
 
 
-@pytest.mark.parametrize("rule", [*RULES, "wrapped-rmsprop"])
+@pytest.mark.parametrize("rule", [*RULES, "wrapped-external"])
 @pytest.mark.parametrize("unscale", [False, True])
 def test_a_scaled_run_is_the_unscaled_run(backend: BackendCase, rule: str, unscale: bool) -> None:
     """The scale is a power of two: scaled and unscaled, nothing is rounded otherwise."""

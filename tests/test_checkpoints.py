@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    LOOKAHEAD_ARGUMENTS,
     LOOKAHEAD_CLASSES,
     BackendCase,
     assert_unchanged,
@@ -26,7 +27,7 @@ import lookahead_fused
 K = 5
 RUNS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 0.1, "weight_decay": 0.1, "amsgrad": True, "pullback_momentum": "pullback"},
-    "adam": {"lr": 0.1, "betas": (0.7, 0.9), "weight_decay": 0.1, "pullback_momentum": "reset"},
+    "adam": {"lr": 0.1, "betas": (0.7, 0.9), "weight_decay": 0.1, "pullback_momentum": "reset", "outer_momentum": 0.5},
     "sgd": {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "pullback_momentum": "pullback"},
     "plain sgd": {"lr": 0.1, "maximize": True},
     "wrapped-adamw": {"lr": 0.1, "weight_decay": 0.1, "amsgrad": True, "pullback_momentum": "pullback"},
@@ -172,7 +173,7 @@ def test_settings_that_a_checkpoint_lacks_stay(backend: BackendCase, rule: str) 
     """Settings come from the checkpoint; those that an older one does not have are this optimizer's own, per
     group, and not the defaults. The backend belongs to the machine and stays."""
     prefix = "lookahead_" if rule.startswith("wrapped") else ""
-    names = [prefix + name for name in ("k", "alpha", "pullback_momentum")]
+    names = [prefix + name for name in LOOKAHEAD_ARGUMENTS]
     donor = make(rule, [{"params": fresh(backend)}, {"params": fresh(backend)}], backend, lr=0.25)
     saved = donor.state_dict()
     for group in saved["param_groups"]:
@@ -182,7 +183,7 @@ def test_settings_that_a_checkpoint_lacks_stay(backend: BackendCase, rule: str) 
         group["initial_lr"] = 0.5
     groups = [
         {"params": fresh(backend)},
-        {"params": fresh(backend), **dict(zip(names, (2, 0.9, "reset"), strict=True))},
+        {"params": fresh(backend), **dict(zip(names, (2, 0.9, "reset", 0.7, False), strict=True))},
     ]
     optimizer = make(rule, groups, backend)
     before = [[group[name] for name in names] for group in optimizer.param_groups]
@@ -375,14 +376,21 @@ def test_a_load_hook_may_return_a_new_dict(backend: BackendCase, rule: str) -> N
 
 def test_a_class_of_another_name_is_nobodys_business() -> None:
     """A state dict names no class: every class lists its own settings, and no others."""
-    own = {"params", "lr", "weight_decay", "maximize", "k", "alpha", "pullback_momentum"}
-    own |= {"master_weights", "backend"}
-    adam = own | {"betas", "eps", "amsgrad", "decoupled_weight_decay"}
-    expected = {"adamw": adam, "adam": adam, "sgd": own | {"momentum", "dampening", "nesterov"}}
+    own = {"params", "lr", "weight_decay", "maximize", *LOOKAHEAD_ARGUMENTS, "master_weights", "backend"}
+    radam = own | {"betas", "eps", "decoupled_weight_decay"}
+    rmsprop = own - {"alpha"} | {"lookahead_alpha", "alpha", "eps", "momentum", "centered"}
+    expected = {
+        "adamw": radam | {"amsgrad"},
+        "adam": radam | {"amsgrad"},
+        "sgd": own | {"momentum", "dampening", "nesterov"},
+        "rmsprop": rmsprop,
+        "radam": radam,
+        "lion": own | {"betas"},
+    }
     for rule, cls in LOOKAHEAD_CLASSES.items():
         assert set(cls(make_params([(3,)])).state_dict()["param_groups"][0]) == expected[rule]
     base = torch.optim.AdamW(make_params([(3,)]))
     before = set(base.param_groups[0])
     wrapper = lookahead_fused.Lookahead(base)
-    ours = {f"lookahead_{name}" for name in ("k", "alpha", "pullback_momentum", "backend")}
+    ours = {f"lookahead_{name}" for name in (*LOOKAHEAD_ARGUMENTS, "backend")}
     assert set(wrapper.state_dict()["param_groups"][0]) == before | ours

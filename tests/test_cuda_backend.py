@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lookahead_fused import table
+from lookahead_fused import _table as table
 from lookahead_fused.backends import cuda, reference
 
 backends = sys.modules["lookahead_fused.backends"]
@@ -124,7 +124,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, module: Module, capability: tuple[i
 def test_importing_touches_no_cuda() -> None:
     """Neither torch's nor the module's own: a process that forks later must still be able to use a GPU."""
     script = (
-        "import torch; import lookahead_fused; from lookahead_fused import build; module = build.module('_cuda')\n"
+        "import torch, lookahead_fused; from lookahead_fused import _build as build; module = build.module('_cuda')\n"
         "p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)\n"
         "lookahead_fused.LookaheadAdamW([p]).step()\n"
         "assert not torch.cuda.is_initialized()\n"

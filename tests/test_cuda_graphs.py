@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from cuda_host import HOST, RULES, set_grads
-from cuda_on_host import Torch, calls
 from helpers import make_grads, make_optimizer, make_params, seeded
+
+from bench.cuda_on_host import Torch, calls
 
 pytestmark = pytest.mark.usefixtures("runtime")
 
@@ -24,7 +25,7 @@ class Capture:
         self.runtime = runtime
         self.stream = runtime.control_make_stream(0)
         self.graph = None
-        table: Any = sys.modules["lookahead_fused.table"]
+        table: Any = sys.modules["lookahead_fused._table"]
         monkeypatch.setattr(table, "_is_capturing", Torch.is_capturing)
 
     def __enter__(self) -> Capture:
@@ -86,6 +87,30 @@ def test_twelve_replays_are_twelve_steps(runtime: ctypes.CDLL, rule: str, monkey
             assert runtime.control_live() == live - 1
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_sync_between_two_replays(runtime: ctypes.CDLL, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is another pass over the table that the graph reads, and leaves all there that a step needs."""
+    results = []
+    for captured in (False, True):
+        params = make_params([(5,), (300,)])
+        optimizer = make_optimizer(rule, params, HOST, **RULES[rule])
+        set_grads(params, seeded(0))
+        optimizer.step()
+        capture, keep = Capture(runtime, monkeypatch), [optimizer]
+        if captured:
+            monkeypatch.setattr(torch, "empty", keeping(torch.empty, keep))
+            with capture:
+                optimizer.step()
+            monkeypatch.undo()
+        for _ in range(4):
+            capture.replay() if captured else optimizer.step()
+            optimizer.sync()
+        results.append([p.detach().clone() for p in params])
+        results[-1] += [value for own in optimizer.state.values() for value in own.values()]
+    for eager, replayed in zip(*results, strict=True):
+        assert torch.equal(eager, replayed)
 
 
 def keeping(make: Any, keep: list) -> Any:

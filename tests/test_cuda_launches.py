@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 import time
 from collections import Counter
 
-import cuda_on_host
 import pytest
 import torch
 from cuda_host import HOST, set_grads
-from cuda_on_host import Torch, calls
-from helpers import assert_unchanged, make_grads, make_optimizer, make_params, seeded, snapshot
+from helpers import assert_unchanged, make_grads, make_optimizer, make_params, same_tensor_bits, seeded, snapshot
+
+from bench import cuda_on_host
+from bench.cuda_on_host import Torch, calls
 
 pytestmark = pytest.mark.usefixtures("runtime")
 
@@ -106,8 +108,9 @@ def test_host_work_of_a_step(runtime: ctypes.CDLL, moved: bool, capsys: pytest.C
         assert calls().count("cudaMemcpyAsync") == moved
         return best
 
-    one, many = seconds(1), seconds(4000)
-    each = (many - one) / 3999
+    # Of more, what describes the tensors does not fit a core's caches, and memory is what is measured.
+    one, many = seconds(1), seconds(1000)
+    each = (many - one) / 999
     with capsys.disabled():
         print(
             f"\ngradients {'move' if moved else 'stay'}: fixed {one * 1e6:.1f} us, for each tensor {each * 1e9:.0f} ns"
@@ -148,6 +151,9 @@ def test_any_call_may_fail(runtime: ctypes.CDLL, when: str) -> None:
             optimizer.step()
         set_grads(params, seeded(2))
 
+    gc.collect()
+    # Of other tests' optimizers: they go when the garbage collector or a later step comes by.
+    others = runtime.control_live()
     params, optimizer = prepare()
     if when == "moved":
         wait_for_ring(optimizer, params)
@@ -155,9 +161,10 @@ def test_any_call_may_fail(runtime: ctypes.CDLL, when: str) -> None:
     optimizer.step()
     names = calls()
     assert "cudaLaunchKernelEx" in names
+    assert runtime.control_live() > 0
     del params, optimizer
     gc.collect()
-    assert runtime.control_live() == 0
+    assert runtime.control_live() <= others
     for index, name in enumerate(names):
         params, optimizer = prepare()
         if when == "moved":
@@ -173,7 +180,7 @@ def test_any_call_may_fail(runtime: ctypes.CDLL, when: str) -> None:
                 assert "adam of float32" in message
                 assert "blocks of" in message
             elif name == "cudaFuncGetAttributes":
-                assert "adam of float32" in message
+                assert re.search("kernels of (adam|external) of float32", message)
                 assert "this build has" in message
             else:
                 assert name in message
@@ -185,7 +192,7 @@ def test_any_call_may_fail(runtime: ctypes.CDLL, when: str) -> None:
         assert all(torch.isfinite(p).all() for p in params)
         del params, optimizer
         gc.collect()
-        assert runtime.control_live() == 0, name
+        assert runtime.control_live() <= others, name
 
 
 @pytest.mark.parametrize("moved", [False, True])
@@ -247,3 +254,37 @@ def test_a_failed_upload_is_made_up_for(runtime: ctypes.CDLL) -> None:
         optimizer.step()
         results.append(params[0].detach().clone())
     assert torch.equal(*results)
+
+
+def test_rows_that_lie_elsewhere_are_sent_again(runtime: ctypes.CDLL) -> None:
+    """A stepper that was made for one table steps another of the same sizes, once it has sent that one's rows."""
+    ours, theirs, other = ([(5,), (300,)], 3), ([(5,), (300,)], 3), ([(5,)], 4)
+    optimizers = []
+    for shapes, seed in (ours, theirs, other):
+        optimizers.append(make_optimizer("adamw", make_params(shapes, seed=seed), HOST, lr=0.1, k=2))
+        set_grads(optimizers[-1].param_groups[0]["params"], seeded(1))
+        optimizers[-1].step()
+    (stepper, table), (_, moved), (_, another) = (
+        (part.stepper, part.table) for optimizer in optimizers for part in optimizer._table.parts
+    )
+    before = [snapshot(optimizer) for optimizer in optimizers]
+    optimizers[0].step()  # what the second is to be like
+    for native, optimizer in zip((table, moved, another), optimizers, strict=True):
+        assert native.refresh(optimizer.state, cuda_on_host.load().PASSES["STEP"])
+    stepper.native.update_fixed(moved, 0)
+    stepper.native.step(moved, 0, 0, 0)
+    for a, b in zip(*(optimizer.param_groups[0]["params"] for optimizer in optimizers[:2]), strict=True):
+        assert same_tensor_bits(a, b)
+        for name, value in optimizers[0].state[a].items():
+            assert same_tensor_bits(value, optimizers[1].state[b][name]), name
+    with pytest.raises(RuntimeError, match="another table than it was made for"):
+        stepper.native.update_fixed(another, 0)
+    stream = runtime.control_make_stream(0)
+    runtime.control_begin_capture(ctypes.c_void_p(stream))
+    with pytest.raises(RuntimeError, match="while their stream is being captured"):
+        stepper.native.update_fixed(table, stream)
+    runtime.control_destroy_graph(ctypes.c_void_p(runtime.control_end_capture(ctypes.c_void_p(stream))))
+    runtime.control_destroy_stream(ctypes.c_void_p(stream))
+    assert_unchanged(before[2], snapshot(optimizers[2]))
+    for native in (table, moved, another):
+        native.release()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import sys
+import itertools
 
 import pytest
 import torch
-from cuda_host import HOST, RULES, set_grads
-from helpers import Lockstep, can_set_grad_dtype, make_grads, make_optimizer, seeded, set_grad
+from cuda_host import FURTHER, HOST, RULES, set_grads
+from helpers import Lockstep, can_set_grad_dtype, make_grads, make_optimizer, seeded, set_grad, tune
+
+from lookahead_fused._parts import Tuning
 
 pytestmark = pytest.mark.usefixtures("runtime")
 
@@ -32,10 +34,15 @@ def watch(library: ctypes.CDLL, *tensors: torch.Tensor) -> None:
         library.control_watch(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(size))
 
 
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("numel", [1, 255, 4099, 40_000])
+@pytest.mark.parametrize(
+    ("rule", "numel", "offset"),
+    [
+        *itertools.product(RULES, (1, 255, 4099), (0, 1)),
+        *itertools.product(RULES, (17_000,), (0,)),
+        *itertools.product(FURTHER, (4099,), (1,)),
+    ],
+)
 @dtypes
-@pytest.mark.parametrize("rule", RULES)
 def test_each_array_is_read_and_written_once(
     runtime: ctypes.CDLL, rule: str, dtype: torch.dtype, grad_dtype: torch.dtype, master: bool, numel: int, offset: int
 ) -> None:
@@ -43,17 +50,14 @@ def test_each_array_is_read_and_written_once(
     if grad_dtype != dtype and not can_set_grad_dtype():
         pytest.skip("this torch keeps no gradient in another dtype than the parameter's")
     p = torch.nn.Parameter(torch.randn(numel + offset).to(dtype)[offset:])
-    optimizer = make_optimizer(rule, [p], HOST, **RULES[rule], **({"master_weights": True} if master else {}))
-    for t in range(1, 7):
+    hyper = (RULES | FURTHER)[rule]
+    optimizer = make_optimizer(rule, [p], HOST, **hyper, **({"master_weights": True} if master else {}))
+    for t in range(1, 4):
         set_grads([p], seeded(t), grad_dtype)
         state = optimizer.state.get(p, {})
         runtime.control_reset()
-        once = [
-            name
-            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "master_param")
-            if name in state
-        ]
-        at_sync = [name for name in ("slow_param", "slow_momentum") if name in state]
+        at_sync = [name for name in ("slow_param", "cached_momentum", "outer_momentum_buffer") if name in state]
+        once = [name for name in state if name not in (*at_sync, "step")]
         watch(runtime, p, p.grad, *(state[name] for name in (*once, *at_sync)))
         optimizer.step()
         if t == 1:
@@ -71,6 +75,34 @@ def test_each_array_is_read_and_written_once(
         if rule == "adamw" and dtype == torch.float32:
             total = sum(runtime.control_read(i) + runtime.control_written(i) for i in range(len(traffic)))
             assert total == numel * (36 if due else 28)
+
+
+@pytest.mark.parametrize("rule", [*RULES, *FURTHER])
+@pytest.mark.parametrize("master", [False, True])
+def test_a_sync_leaves_alone_what_it_does_not_change(runtime: ctypes.CDLL, rule: str, master: bool) -> None:
+    """16 bytes for each fp32 parameter: of moments, it moves the first one where the policy acts on it."""
+    p = torch.nn.Parameter(torch.randn(4099).to(torch.bfloat16 if master else torch.float32))
+    hyper = (RULES | FURTHER)[rule]
+    optimizer = make_optimizer(rule, [p], HOST, **hyper, **({"master_weights": True} if master else {}))
+    set_grads([p], seeded(1))
+    first = "momentum_buffer" if rule in ("sgd", "rmsprop") else "exp_avg"
+    acted_on = (first,) if "pullback_momentum" in hyper else ()
+    moved = ("slow_param", "master_param", "cached_momentum", "outer_momentum_buffer", *acted_on)
+    optimizer.step()
+    for call in (optimizer.sync, optimizer.sync, optimizer.step, optimizer.sync):
+        state = {name: value for name, value in optimizer.state[p].items() if value.dim() > 0}
+        runtime.control_reset()
+        watch(runtime, p, p.grad, *state.values())
+        call()
+        if call == optimizer.step:
+            continue
+        traffic = [
+            (runtime.control_read(i) / x.nbytes, runtime.control_written(i) / x.nbytes)
+            for i, x in enumerate([p, p.grad, *state.values()])
+        ]
+        assert traffic[:2] == [(0, 1) if master else (1, 1), (0, 0)]
+        assert dict(zip(state, traffic[2:], strict=True)) == {n: (1, 1) if n in moved else (0, 0) for n in state}
+        assert runtime.control_elsewhere() == 0
 
 
 @dtypes
@@ -109,20 +141,18 @@ def aligned(tensor: torch.Tensor, alignment: int) -> torch.Tensor:
 
 def test_the_table_is_a_small_part_of_the_traffic() -> None:
     """What a block reads of the table, against the chunk it updates."""
-    from lookahead_fused import table
-
     row, chunk, step = 88, 16, 128
-    assert (row + chunk + step) / (28 * table.chunk_elements) < 0.01
+    assert (row + chunk + step) / (28 * Tuning().chunk_elements) < 0.01
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_order_of_blocks_and_threads_does_not_matter(
-    runtime: ctypes.CDLL, rule: str, dtype: torch.dtype, order: int, monkeypatch: pytest.MonkeyPatch
+    runtime: ctypes.CDLL, rule: str, dtype: torch.dtype, order: int
 ) -> None:
-    monkeypatch.setattr(sys.modules["lookahead_fused.table"], "chunk_elements", 64)
     pair = Lockstep(HOST, rule, ([(300,), (7, 9), (), (0,), (1025,)], {}), dtype=dtype, **RULES[rule])
+    tune(pair.optimizer, chunk_elements=64)
     for t in range(4):
         runtime.control_order(order + 10 * t)
         pair.step()

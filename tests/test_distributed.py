@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import BackendCase, assert_unchanged, make_optimizer, same_tensor_bits, seeded, snapshot
+from processes import needs_gloo, two_ranks
 from runs import assert_same_run
-
-import lookahead_fused
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
@@ -121,20 +117,14 @@ def test_checkpoint_of_torchs_class(backend: BackendCase, rule: str) -> None:
 # two processes
 
 TWO = """
-import copy, datetime, gc, os, sys
-import torch
-import torch.distributed as dist
+import copy, gc
 from torch.distributed.checkpoint import state_dict as dcp
 from lookahead_fused import Lookahead, LookaheadAdamW, LookaheadSGD
 
-rank, place = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-store = dist.FileStore(os.path.join(place, "store"), 2)
-dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
 CLASSES = {
     "adamw": lambda ps: LookaheadAdamW(ps, lr=0.1, k=5, pullback_momentum="pullback"),
     "wrapped": lambda ps: Lookahead(torch.optim.SGD(ps, lr=0.1, momentum=0.9), k=5),
-    "generic": lambda ps: Lookahead(torch.optim.RMSprop(ps, lr=0.1), k=5),
+    "generic": lambda ps: Lookahead(torch.optim.Adamax(ps, lr=0.1), k=5),
 }
 
 def make_model(seed=0):
@@ -267,6 +257,14 @@ for name, (cls, hyper) in SHARDED.items():
         train(m, o, range(7))
     same(model.parameters(), plain.parameters(), name)
     assert 0 < len(optimizer.optim.state) < len(twin.state), name
+    # Slow weights lie where the state is: a rank swaps its own share, and the others' stays as it was.
+    share = {id(p) for group in optimizer.optim.param_groups for p in group["params"]}
+    fast = [p.detach().clone() for p in plain.parameters()]
+    with optimizer.optim.slow_weights(), twin.slow_weights():
+        mixture = [q if id(p) in share else f for p, q, f in zip(model.parameters(), plain.parameters(), fast)]
+        same(model.parameters(), mixture, f"{name}, on this rank's slow weights")
+        assert any(not torch.equal(q, f) for q, f in zip(plain.parameters(), fast)), name
+    same(model.parameters(), fast, f"{name}, after slow_weights()")
     optimizer.consolidate_state_dict(to=0)
     # Copied: torch's state dict and loading here alias what they are given.
     box = [copy.deepcopy(optimizer.state_dict()) if rank == 0 else None]
@@ -284,42 +282,7 @@ for name, (cls, hyper) in SHARDED.items():
 """
 
 
-# Both are done before either leaves; and they leave past the teardown of gloo's threads, which now and then ends in
-# std::terminate. What failed before came no further than there.
-END = """
-import os, pathlib, sys, time
-place = pathlib.Path(sys.argv[2])
-(place / f"done{sys.argv[1]}").touch()
-deadline = time.monotonic() + 120
-while len(list(place.glob("done*"))) < 2 and time.monotonic() < deadline:
-    time.sleep(0.01)
-sys.stdout.flush()
-os._exit(0)
-"""
-
-
-@pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-    reason="this torch was built without gloo",
-)
+@needs_gloo
 def test_two_ranks(tmp_path: Path) -> None:
     """FSDP2, DDP and ZeRO on the CPU: the run of one process that holds everything, to the bit."""
-    root = str(Path(lookahead_fused.__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo"}
-    script = TWO + FSDP + DDP + ZERO + END
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, rank, tmp_path],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        output = [process.communicate(timeout=180)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(output)
+    two_ranks(TWO + FSDP + DDP + ZERO, tmp_path)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    LOOKAHEAD_ARGUMENTS,
     LOOKAHEAD_CLASSES,
     TORCH_CLASSES,
     assert_unchanged,
@@ -45,6 +46,11 @@ COMMON: list[tuple[str, Any, type[Exception], str]] = [
     ("pullback_momentum", "pull", ValueError, "pull"),
     ("pullback_momentum", True, (TypeError, ValueError), "True|bool"),
     ("pullback_momentum", None, (TypeError, ValueError), "None"),
+    ("outer_momentum", -0.1, ValueError, "-0.1"),
+    ("outer_momentum", 1, ValueError, "1"),
+    ("outer_momentum", NAN, ValueError, "nan"),
+    ("outer_momentum", "0.5", TypeError, "str"),
+    ("outer_nesterov", "no", TypeError, "str|no"),
     ("master_weights", "yes", TypeError, "str|yes"),
     ("maximize", "yes", TypeError, "str|yes"),
     ("backend", "gpu", ValueError, "gpu"),
@@ -113,7 +119,7 @@ def test_bad_keyword_in_an_added_group(rule: str, argument: str, value: Any, err
     optimizer.step()
 
 
-WRAPPER_BAD = [case for case in COMMON if case[0] in ("k", "alpha", "pullback_momentum", "backend")]
+WRAPPER_BAD = [case for case in COMMON if case[0] in (*LOOKAHEAD_ARGUMENTS, "backend")]
 
 
 @pytest.mark.parametrize(("argument", "value", "error", "came"), WRAPPER_BAD)
@@ -155,12 +161,50 @@ def test_a_typing_error_is_not_swallowed() -> None:
     for cls in LOOKAHEAD_CLASSES.values():
         with pytest.raises(TypeError, match="alhpa"):
             cls(make_params([(3,)]), alhpa=0.5)
-    for cls in LOOKAHEAD_CLASSES.values():
-        names = "params lr momentum dampening weight_decay nesterov" if cls.__name__.endswith("SGD") else ""
-        positional = (1e-3, 0.9, 0, 0, True) if names else (1e-3, (0.9, 0.999), 1e-8, 0.0, True)
+    own = {
+        "sgd": (1e-3, 0.9, 0, 0, True),
+        "rmsprop": (1e-2, 0.9, 1e-8, 0.0, 0.9, True, False, None, True, False),
+        "lion": (1e-4, (0.9, 0.99), 0.1),
+    }
+    for rule, cls in LOOKAHEAD_CLASSES.items():
+        positional = own.get(rule, (1e-3, (0.9, 0.999), 1e-8, 0.0, True))
         cls(make_params([(3,)]), *positional)
         with pytest.raises(TypeError, match="positional"):
             cls(make_params([(3,)]), *positional, False)
+
+
+@pytest.mark.parametrize("mode", ["pullback", "reset"])
+def test_a_first_moment_that_is_not_kept(mode: str) -> None:
+    """RMSprop without momentum is told where it is made; a momentum that becomes 0 later lets the run go on."""
+    (p,) = make_params([(3,)])
+    for make in (
+        lambda **hyper: LOOKAHEAD_CLASSES["rmsprop"]([p], pullback_momentum=mode, k=1, **hyper),
+        lambda **hyper: lookahead_fused.Lookahead(torch.optim.RMSprop([p], **hyper), 1, 0.5, mode),
+    ):
+        with pytest.raises(ValueError, match="pullback_momentum") as caught:
+            make()
+        check_message(caught.value, "momentum=0", mode)
+        optimizer: Any = make(momentum=0.9)
+        with pytest.raises(ValueError, match="pullback_momentum"):
+            optimizer.add_param_group({"params": make_params([(4,)]), "momentum": 0.0})
+        for momentum in (0.9, 0.0, -0.1, 0.9):
+            optimizer.param_groups[0]["momentum"] = momentum
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["alpha", "lookahead_alpha"])
+def test_the_two_alphas_of_rmsprop(name: str) -> None:
+    """torch's keeps its name, and Lookahead's has one of its own; an error names the one that was written."""
+    (p,) = make_params([(3,)])
+    with pytest.raises(ValueError, match=f"^{name} must be") as caught:
+        LOOKAHEAD_CLASSES["rmsprop"]([p], **{name: -1.0})
+    check_message(caught.value, name, "-1.0")
+    optimizer = LOOKAHEAD_CLASSES["rmsprop"]([p], 0.1, 0.8, lookahead_alpha=0.25)
+    group = optimizer.param_groups[0]
+    assert (group["alpha"], group["lookahead_alpha"]) == (0.8, 0.25)
+    assert "lookahead_alpha: Step size" in str(type(optimizer).__doc__)
 
 
 def test_torchs_switches_change_nothing_and_are_not_kept() -> None:
@@ -169,6 +213,8 @@ def test_torchs_switches_change_nothing_and_are_not_kept() -> None:
         for switch in ("foreach", "fused", "capturable"):
             optimizer = cls(make_params([(3,)]), **{switch: True})
             assert not any(optimizer.param_groups[0].get(name) for name in (switch, "differentiable"))
+            if rule not in TORCH_CLASSES:
+                continue
             (p,) = make_params([(3,)])
             theirs = TORCH_CLASSES[rule]([p])
             p.grad = torch.ones_like(p)

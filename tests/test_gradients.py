@@ -13,6 +13,9 @@ from helpers import (
     same_tensor_bits,
     seeded,
 )
+from tables import count_tables
+
+from lookahead_fused import Lookahead
 
 LIVELY = {
     "adamw": {"lr": 0.1, "weight_decay": 0.1, "amsgrad": True, "pullback_momentum": "pullback", "k": 2},
@@ -40,6 +43,74 @@ def test_gradients_come_late_stay_away_and_return(backend: BackendCase, rule: st
         grads = make_grads(params, generator=pair.generator)
         pair.step([g if here else None for g, here in zip(grads, row, strict=True)])
     assert [o.step_count for o in pair.oracles] == [sum(column) for column in zip(*present, strict=True)]
+
+
+@pytest.mark.parametrize("rule", LIVELY)
+def test_another_gradient_stays_away_in_each_step(
+    backend: BackendCase, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of eight in turn, from the first step on, as layers that are dropped: each row is made when its parameter
+    first gets a gradient, and never again; a sync in between makes none."""
+    tables = count_tables(monkeypatch)
+    params = make_params([(5,), (6,), (7,), (0,), (), (3, 4), (9,), (33,)], device=backend.device)
+    pair = Lockstep(backend, rule, (params[:4], {}), (params[4:], {"lr": 0.3}), **LIVELY[rule])
+    compiled = backend.name != "reference"
+    for step in range(12):
+        grads = make_grads(params, generator=pair.generator)
+        pair.step([None if i == step % 8 else g for i, g in enumerate(grads)])
+        assert tables.made == compiled
+        assert tables.rows == compiled * (7 if step == 0 else 8)
+    before = [p.detach().clone() for p in params]
+    pair.optimizer.sync()
+    assert not all(same_tensor_bits(p, q) for p, q in zip(params, before, strict=True))
+    assert (tables.made, tables.rows) == (compiled, 8 * compiled)
+
+
+@pytest.mark.parametrize("rule", LIVELY)
+def test_experts_wake_one_by_one(backend: BackendCase, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of a group of its own, from the last to the first, some steps apart; those awake rest in between. A row is
+    added for each, to the table that there is; an expert without a gradient so far has no state."""
+    tables = count_tables(monkeypatch)
+    params = make_params([(5,), (6,), (3, 4), (7,), (33,), (8,)], device=backend.device)
+    pair = Lockstep(backend, rule, *(([p], {"lr": 0.1 * (i + 1)}) for i, p in enumerate(params)), **LIVELY[rule])
+    compiled = backend.name != "reference"
+    for step in range(14):
+        grads = make_grads(params, generator=pair.generator)
+        awake = min(step // 2 + 1, len(params))
+        chosen = {len(params) - 1 - (step * 3) % awake, len(params) - awake}
+        pair.step([g if i in chosen else None for i, g in enumerate(grads)])
+        assert (tables.made, tables.rows) == (compiled, awake * compiled)
+    assert all(o.step_count > 1 for o in pair.oracles)
+
+
+@pytest.mark.parametrize("base", ["Adamax", "NAdam"])
+def test_gradients_come_and_go_around_another_optimizer(
+    backend: BackendCase, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of five in each step: what a parameter becomes is what its own steps alone make of it."""
+    tables = count_tables(monkeypatch)
+
+    def make(params: list[torch.nn.Parameter]) -> Lookahead:
+        inner = getattr(torch.optim, base)(params, lr=0.1, foreach=False)
+        return Lookahead(inner, k=2, backend=backend.name)
+
+    params, others = (make_params([(5,), (6,), (7,), (8,), (3, 4)], device=backend.device) for _ in range(2))
+    optimizer = make(params)
+    received: list[list[torch.Tensor]] = [[] for _ in params]
+    generator = seeded(1)
+    for step in range(12):
+        for i, (p, g) in enumerate(zip(params, make_grads(params, generator=generator), strict=True)):
+            p.grad = g if (i - step) % 5 < 2 else None
+            received[i] += [g] if p.grad is not None else []
+        optimizer.step()
+    compiled = backend.name != "reference"
+    assert (tables.made, tables.rows) == (compiled, 5 * compiled)
+    for p, q, grads in zip(params, others, received, strict=True):
+        alone = make([q])
+        for g in grads:
+            q.grad = g
+            alone.step()
+        assert same_tensor_bits(p, q)
 
 
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])

@@ -4,6 +4,7 @@ give; nothing is written outside a tensor; tensors may be moved, replaced and dr
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from helpers import (
     DTYPE_NAMES,
     BackendCase,
     Lockstep,
+    UnfusedRMSprop,
     assert_unchanged,
     can_set_grad_dtype,
     check_message,
     make_grads,
+    make_optimizer,
     make_params,
     make_tensor,
     same_tensor_bits,
@@ -24,6 +27,8 @@ from helpers import (
     to_numpy,
 )
 from torch import Tensor
+
+import lookahead_fused
 
 LIVELY = {
     "adamw": {"lr": 0.1, "weight_decay": 0.1, "amsgrad": True, "pullback_momentum": "pullback", "k": 2},
@@ -203,6 +208,35 @@ def test_many_small_parameters(backend: BackendCase, rule: str) -> None:
     pair = Lockstep(backend, rule, (shapes[:350], {}), (shapes[350:], {"lr": 0.3}), **LIVELY[rule])
     for _ in range(2):
         pair.step()
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd", "wrapped-adamw", "external"])
+@pytest.mark.parametrize("strides", [(0, 0), (0, 1), (3, 0), (1, 1)])
+def test_an_empty_parameter_of_any_strides(backend: BackendCase, rule: str, strides: tuple[int, int]) -> None:
+    """As NumPy, and an empty shard, may give it: no two of its elements share memory, since there are none."""
+    empty = torch.nn.Parameter(torch.empty(1, device=backend.device).as_strided((0, 3), strides))
+    p, q = (torch.nn.Parameter(torch.ones(3, device=backend.device)) for _ in range(2))
+
+    def make(params: list[torch.nn.Parameter]) -> Any:
+        if rule == "external":
+            return lookahead_fused.Lookahead(UnfusedRMSprop(params, lr=0.1), k=2, backend=backend.name)
+        return make_optimizer(rule, params, backend, lr=0.1, k=2)
+
+    optimizer, alone = make([empty, p]), make([q])
+    for _ in range(3):
+        empty.grad = torch.empty(1, device=backend.device).as_strided((0, 3), strides)
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+        optimizer.step()
+        alone.step()
+    for o in (optimizer, alone):
+        with o.slow_weights():
+            pass
+        o.sync()
+        o.load_state_dict(o.state_dict())
+        o.step()
+    assert same_tensor_bits(p, q)
+    count = "lookahead_step" if rule == "external" else "step"
+    assert optimizer.state[empty][count].item() == 4
 
 
 def test_nothing_to_do(backend: BackendCase) -> None:

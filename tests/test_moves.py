@@ -17,11 +17,11 @@ from helpers import (
     same_tensor_bits,
     seeded,
     to_numpy,
+    tune,
 )
 from torch import Tensor
 
 import lookahead_fused
-from lookahead_fused import table
 
 LIVELY = {
     "adamw": {"lr": 0.1, "weight_decay": 0.1, "amsgrad": True, "pullback_momentum": "pullback", "k": 2},
@@ -100,13 +100,11 @@ MOVES = [
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("shape", [(33,), (4, 6)])
 @pytest.mark.parametrize("way", ["SHIM", "EXCHANGE_API"])
-def test_tensors_move(
-    backend: BackendCase, rule: str, move: Callable, shape: tuple[int, ...], way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tensors_move(backend: BackendCase, rule: str, move: Callable, shape: tuple[int, ...], way: str) -> None:
     """New addresses, old values: nothing may still be read or written at the old ones."""
-    monkeypatch.setattr(table, "fastest", way)
     params = make_params([shape, (3, 5), shape], device=backend.device)
     pair = Lockstep(backend, rule, (params, {}), **LIVELY[rule])
+    tune(pair.optimizer, way=way)
     for _ in range(5):
         pair.step()
         old = [params[0].data, *[v.data for v in pair.optimizer.state[params[0]].values()]]

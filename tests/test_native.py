@@ -10,15 +10,15 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import make_params, make_tensor, same_tensor_bits, seeded, set_grad
+from helpers import make_params, make_tensor, same_tensor_bits, seeded, set_grad, tune
 from torch import Tensor
 
 import lookahead_fused
-from lookahead_fused import build, table
-from lookahead_fused.backends import cpu
+from lookahead_fused import _build as build
 
 native = build.module("_cpu")
 pytestmark = pytest.mark.skipif(native is None, reason=build.reason("_cpu"))
@@ -34,10 +34,9 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def restore() -> Iterator[None]:
-    threads, chunk = torch.get_num_threads(), table.chunk_elements
+    threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    table.chunk_elements, table.fastest, cpu.instruction_set, cpu.own_threads = chunk, "SHIM", None, False
 
 
 def run(
@@ -48,6 +47,7 @@ def run(
     master_weights: bool = False,
     grad_dtype: torch.dtype | None = None,
     groups: int = 1,
+    **tuning: Any,
 ) -> list[list[Tensor]]:
     """Five steps over all sizes, in their order or against it; returns parameters and state in their order."""
     params = make_params([(size,) for size in SIZES], dtype)
@@ -63,6 +63,7 @@ def run(
         backend="cpu",
         **hyper,
     )
+    tune(optimizer, **tuning)
     generator = seeded(1)
     for _ in range(5):
         for p in params:
@@ -92,8 +93,8 @@ def test_instruction_sets_agree(
     sets = native.instruction_sets()
     assert sets[0] == "baseline"
     results = []
-    for cpu.instruction_set in sets:
-        results.append(run(rule, dtype, grad_dtype=grad_dtype, master_weights=master_weights))
+    for name in sets:
+        results.append(run(rule, dtype, grad_dtype=grad_dtype, master_weights=master_weights, instruction_set=name))
     for name, result in zip(sets[1:], results[1:], strict=True):
         print(name)
         assert_same_bits(result, results[0])
@@ -105,31 +106,31 @@ def test_walks_agree(rule: str) -> None:
     trace."""
     expected = run(rule, torch.float32)
     walks = [(1, 1, 1, 1), (2, 17, -1, 3), (3, 1000, 1, 5), (8, 1 << 20, -1, 14)]
-    for cpu.own_threads, (threads, chunk, order, groups) in itertools.product([False, True], walks):
+    for own_threads, (threads, chunk, order, groups) in itertools.product([False, True], walks):
         torch.set_num_threads(threads)
-        table.chunk_elements = chunk
-        assert_same_bits(run(rule, torch.float32, order=order, groups=groups), expected)
-    for table.fastest in ("EXCHANGE_API", "ATTRIBUTES"):
-        assert_same_bits(run(rule, torch.float32), expected)
+        tuning = {"own_threads": own_threads, "chunk_elements": chunk}
+        assert_same_bits(run(rule, torch.float32, order=order, groups=groups, **tuning), expected)
+    for way in ("EXCHANGE_API", "ATTRIBUTES"):
+        assert_same_bits(run(rule, torch.float32, way=way), expected)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's library is looked for by its name on Linux")
 def test_tensors_are_described_in_the_fastest_way() -> None:
     """On every torch of these tests, after one look at each kind of tensor; a slower way where it is asked for."""
-    for table.fastest in ("SHIM", "EXCHANGE_API", "ATTRIBUTES"):
+    for way in ("SHIM", "EXCHANGE_API", "ATTRIBUTES"):
         params = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in DTYPES[:2]]
         optimizer = lookahead_fused.LookaheadAdamW(params, backend="cpu")
+        tune(optimizer, way=way)
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer.step()
-        ways = [part.native.way.name for part in optimizer._table._parts]
-        assert ways == [table.fastest] * 2
+        ways = [part.table.way.name for part in optimizer._table.parts]
+        assert ways == [way] * 2
 
 
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
-    cpu.instruction_set = "avx1024"
     with pytest.raises(ValueError, match="avx1024"):
-        run("sgd", torch.float32)
+        run("sgd", torch.float32, instruction_set="avx1024")
 
 
 def patterns(dtype: torch.dtype) -> Tensor:
@@ -146,11 +147,11 @@ def instruction_sets() -> list[str]:
 @pytest.mark.parametrize("instruction_set", instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_number_is_widened_exactly(dtype: torch.dtype, instruction_set: str) -> None:
-    cpu.instruction_set = instruction_set
     values = patterns(dtype)
     param = torch.nn.Parameter(values.clone())
     param.grad = torch.zeros_like(param)
     optimizer = lookahead_fused.LookaheadSGD([param], lr=0.0, k=10, backend="cpu")
+    tune(optimizer, instruction_set=instruction_set)
     optimizer.step()
     assert same_tensor_bits(optimizer.state[param]["slow_param"], values.float())
     assert same_tensor_bits(param.detach(), values)
@@ -162,7 +163,6 @@ def test_fp32_is_rounded_to_16_bits_as_torch_rounds(dtype: torch.dtype, instruct
     """Halfway cases, subnormal results, overflow, infinities; of a NaN, that it stays one."""
     if not hasattr(Tensor, "grad_dtype"):
         pytest.skip("this torch keeps gradients in their parameter's dtype")
-    cpu.instruction_set = instruction_set
     finite = patterns(dtype).double()
     ascending = finite.sort().values
     halfway = ((ascending[1:] + ascending[:-1]) / 2).float()
@@ -178,7 +178,9 @@ def test_fp32_is_rounded_to_16_bits_as_torch_rounds(dtype: torch.dtype, instruct
     )
     param = torch.nn.Parameter(torch.zeros(values.shape, dtype=dtype))
     set_grad(param, -values)
-    lookahead_fused.LookaheadSGD([param], lr=1.0, k=10, backend="cpu").step()
+    optimizer = lookahead_fused.LookaheadSGD([param], lr=1.0, k=10, backend="cpu")
+    tune(optimizer, instruction_set=instruction_set)
+    optimizer.step()
     got, expected = param.detach(), (0.0 + values).to(dtype)
     nans = expected.isnan()
     assert torch.equal(got.isnan(), nans)
@@ -188,13 +190,14 @@ def test_fp32_is_rounded_to_16_bits_as_torch_rounds(dtype: torch.dtype, instruct
 @pytest.mark.parametrize("own_threads", [False, True])
 def test_subnormal_numbers_survive_a_thread_that_flushes_them(own_threads: bool) -> None:
     """torch.set_flush_denormal is one thread's setting; bits must not depend on who took an element."""
-    cpu.own_threads = own_threads
     values, grad = torch.full((300_000,), 1e-40), torch.full((300_000,), 1e-39)
 
     def steps() -> Tensor:
         param = torch.nn.Parameter(values.clone())
         param.grad = grad
-        lookahead_fused.LookaheadSGD([param], lr=0.5, backend="cpu").step()
+        optimizer = lookahead_fused.LookaheadSGD([param], lr=0.5, backend="cpu")
+        tune(optimizer, own_threads=own_threads)
+        optimizer.step()
         return param.detach()
 
     expected = steps()
@@ -210,11 +213,10 @@ def test_subnormal_numbers_survive_a_thread_that_flushes_them(own_threads: bool)
 
 @pytest.mark.parametrize("own_threads", [False, True])
 def test_two_threads_may_step_at_once(own_threads: bool) -> None:
-    cpu.own_threads = own_threads
-
     def train(seed: int, out: dict[int, Tensor]) -> None:
         param = torch.nn.Parameter(make_tensor((300_000,), generator=seeded(seed)))
         optimizer = lookahead_fused.LookaheadAdamW([param], lr=0.1, k=2, backend="cpu")
+        tune(optimizer, own_threads=own_threads)
         for _ in range(8):
             param.grad = param.detach() * 0.5
             optimizer.step()

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import composed, to_numpy
+from helpers import TORCH_CLASSES, composed, oracle_settings, to_numpy
 from oracle import Exact, Settings, Textbook, lerp, power, round_to, same_bits, ulps
 
 STEPS = 11
@@ -19,6 +19,7 @@ ADAM = [
     {"maximize": True, "weight_decay": 0.2, "lr": 0.05},
     {"k": 2, "alpha": 0.8, "pullback_momentum": "pullback", "lr": 0.1},
     {"k": 3, "alpha": 0.3, "pullback_momentum": "reset", "lr": 0.1},
+    {"k": 2, "alpha": 1.3, "outer_momentum": 0.6, "pullback_momentum": "pullback", "lr": 0.1},
     {"betas": (0.3, 0.9), "lr": 0.1},
 ]
 SGD = [
@@ -28,8 +29,27 @@ SGD = [
     {"lr": 0.1, "momentum": 0.7, "nesterov": True, "maximize": True, "weight_decay": 0.1},
     {"lr": 0.1, "momentum": 0.9, "k": 3, "alpha": 0.7, "pullback_momentum": "pullback"},
     {"lr": 0.1, "momentum": 0.9, "k": 2, "alpha": 0.2, "pullback_momentum": "reset"},
+    {"lr": 0.1, "momentum": 0.9, "k": 2, "alpha": 0.7, "outer_momentum": 0.5, "outer_nesterov": False},
 ]
-CASES = [(rule, hyper) for rule, cases in (("adamw", ADAM), ("adam", ADAM), ("sgd", SGD)) for hyper in cases]
+RMSPROP = [
+    {"lr": 0.1},
+    {"lr": 0.1, "alpha": 0.3, "momentum": 0.8, "weight_decay": 0.2, "eps": 1e-3},
+    {"lr": 0.1, "alpha": 0.7, "momentum": 0.9, "centered": True, "k": 3, "pullback_momentum": "pullback"},
+    {"lr": 0.1, "centered": True, "maximize": True, "k": 2, "lookahead_alpha": 0.2},
+]
+RADAM = [
+    {"lr": 0.1},
+    {"lr": 0.1, "betas": (0.6, 0.7), "weight_decay": 0.2, "eps": 1e-3},
+    {"lr": 0.1, "betas": (0.3, 0.8), "weight_decay": 0.2, "decoupled_weight_decay": True, "maximize": True},
+    {"lr": 0.1, "betas": (0.8, 0.9), "k": 2, "alpha": 0.8, "pullback_momentum": "pullback"},
+]
+LION = [
+    {"lr": 0.1},
+    {"lr": 0.1, "betas": (0.3, 0.7), "weight_decay": 0.2, "k": 2},
+    {"lr": 0.1, "betas": (0.8, 0.4), "maximize": True, "k": 3, "alpha": 0.7, "pullback_momentum": "pullback"},
+]
+HYPER = {"adamw": ADAM, "adam": ADAM, "sgd": SGD, "rmsprop": RMSPROP, "radam": RADAM, "lion": LION}
+CASES = [(rule, hyper) for rule, cases in HYPER.items() for hyper in cases]
 
 
 def gradients(shape: tuple[int, ...], seed: int = 1) -> list[np.ndarray]:
@@ -41,7 +61,7 @@ def gradients(shape: tuple[int, ...], seed: int = 1) -> list[np.ndarray]:
 @pytest.mark.parametrize(("rule", "hyper"), CASES)
 def test_exact_in_fp64_is_the_textbook(rule: str, hyper: dict) -> None:
     theta = np.random.default_rng(0).standard_normal((4, 5))
-    settings = Settings(rule=rule, **hyper)
+    settings = oracle_settings(rule, **hyper)
     textbook, exact = Textbook(theta, settings), Exact(theta, "float64", settings)
     for g in gradients(theta.shape):
         textbook.step(g)
@@ -55,7 +75,7 @@ def test_exact_in_fp64_is_the_textbook(rule: str, hyper: dict) -> None:
 @pytest.mark.parametrize(("rule", "hyper"), CASES)
 def test_exact_in_fp32_is_near_the_textbook(rule: str, hyper: dict) -> None:
     theta = np.random.default_rng(0).standard_normal((4, 5)).astype(np.float32)
-    settings = Settings(rule=rule, **hyper)
+    settings = oracle_settings(rule, **hyper)
     textbook, exact = Textbook(theta, settings), Exact(theta, "float32", settings)
     for g in gradients(theta.shape):
         textbook.step(g.astype(np.float32))
@@ -65,10 +85,10 @@ def test_exact_in_fp32_is_near_the_textbook(rule: str, hyper: dict) -> None:
     np.testing.assert_allclose(exact.param, textbook.theta, rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize(("rule", "hyper"), CASES)
+@pytest.mark.parametrize(("rule", "hyper"), [case for case in CASES if case[0] in TORCH_CLASSES])
 def test_textbook_is_torch_with_a_manual_sync(rule: str, hyper: dict) -> None:
     theta = np.random.default_rng(0).standard_normal((4, 5))
-    textbook = Textbook(theta, Settings(rule=rule, **hyper))
+    textbook = Textbook(theta, oracle_settings(rule, **hyper))
     p = torch.nn.Parameter(torch.from_numpy(theta.copy()))
     optimizer = composed(rule, [p], **hyper)
     for g in gradients(theta.shape):

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-import textwrap
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers import assert_unchanged, make_params, snapshot
+from processes import needs_cpu_backend, needs_fork, needs_proc, python
 from runs import advance
 
 import lookahead_fused
 from lookahead_fused.backends import cpu
-
-ROOT = str(Path(lookahead_fused.__file__).parent.parent)
-CPU = lookahead_fused.backends()["cpu"]
-needs_cpu_backend = pytest.mark.skipif(not CPU.available, reason=f"backend cpu: {CPU.reason}")
-needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in Linux's /proc")
 
 PRELUDE = """
 import json, os, sys
@@ -34,20 +24,6 @@ def make(count=1 << 20):
     p.grad = torch.randn(count)
     return p, LookaheadAdamW([p], lr=0.1, k=2, backend="cpu")
 """
-
-
-def python(script: str, prelude: str = PRELUDE, **environment: str) -> Any:
-    """What a script prints, from JSON; it runs in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", prelude + textwrap.dedent(script)],
-        env={**os.environ, "PYTHONPATH": ROOT, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return json.loads(done.stdout)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -77,7 +53,7 @@ def test_import_is_harmless(asks: bool) -> None:
     }}))
     """
     hidden = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""} if asks else {}
-    found = python(script, prelude="", **hidden)
+    found = python(script, **hidden)
     roots = {name.split(".")[0] for name in found["modules"]}
     assert "lookahead_fused" in roots
     assert not roots & {"triton", "numpy", "setuptools", "pybind11"}
@@ -96,8 +72,6 @@ def test_threads(own: bool) -> None:
     """OMP_NUM_THREADS and torch.set_num_threads bind a step. It takes torch's threads and none besides; where it may
     not, one less of its own than torch would use, which it keeps and lets sleep where fewer are asked for."""
     script = f"""
-    from lookahead_fused.backends import cpu
-    cpu.own_threads = {own}
 
     def threads():
         return {{int(name) for name in os.listdir("/proc/self/task")}}
@@ -123,6 +97,9 @@ def test_threads(own: bool) -> None:
         return sorted(busy(thread) - before[thread] for thread in threads)
 
     p, optimizer = make()
+    from lookahead_fused._parts import Tuning
+    from lookahead_fused._table import Table
+    optimizer._table = Table(optimizer._table.rule, optimizer._table.policy, Tuning(own_threads={own}))
     found = {{"omp": torch.get_num_threads(), "taken": []}}
     taken = step()
     found["taken"].append(len(taken))
@@ -138,7 +115,7 @@ def test_threads(own: bool) -> None:
     print(json.dumps(found))
     """
     # Asleep between regions: a thread that spins has time of its own also where nobody calls it.
-    found = python(script, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
+    found = python(script, PRELUDE, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
     assert found["omp"] == 1
     assert found["taken"] == ([0, 0, 1, 3, 3, 3, 3] if own else [0] * 7)
     *idle, helper = found["helpers"]
@@ -161,7 +138,7 @@ def test_threads_that_flush_subnormal_numbers_compute_them_all_the_same() -> Non
     lost = int((p.detach().view(torch.int32) != 1).sum())
     print(json.dumps({"flushes": flushes, "lost": lost}))
     """
-    found = python(script)
+    found = python(script, PRELUDE)
     if not found["flushes"]:
         pytest.skip("this machine cannot flush subnormal numbers")
     assert found["lost"] == 0
@@ -205,7 +182,6 @@ for p in params:
     p.grad = torch.randn(10_000)
 optimizer = LookaheadAdamW(params, lr=0.1, k=2, backend="cpu")
 """
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 
 @needs_cpu_backend
@@ -241,7 +217,7 @@ def test_torch_threads_serve() -> None:
     from lookahead_fused import _cpu
     print(json.dumps(_cpu.torch_threads_serve()))
     """
-    assert python(script) is True
+    assert python(script, PRELUDE) is True
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -267,7 +243,6 @@ def broken_cpu(monkeypatch: pytest.MonkeyPatch) -> str:
     """No compiled CPU backend here, and nobody warned of it yet."""
     reason = "the compiler was on holiday"
     monkeypatch.setattr(cpu, "unavailable", lambda device=None: reason)
-    monkeypatch.setattr(cpu, "native", lambda: None)
     monkeypatch.setattr(sys.modules["lookahead_fused.backends"], "_warned", set())
     return reason
 

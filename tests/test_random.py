@@ -22,6 +22,8 @@ lookahead = {
     "k": st.integers(1, 6),
     "alpha": unit,
     "pullback_momentum": st.sampled_from(["none", "pullback", "reset"]),
+    "outer_momentum": st.one_of(st.just(0.0), st.floats(0, 1, exclude_max=True)),
+    "outer_nesterov": st.booleans(),
     "master_weights": st.booleans(),
 }
 adam_hyper = st.fixed_dictionaries(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import (
     DTYPE_NAMES,
+    TORCH_CLASSES,
     BackendCase,
     Lockstep,
     can_set_grad_dtype,
@@ -34,6 +35,15 @@ ADAM: dict[str, dict[str, Any]] = {
     "maximize": {"lr": 0.05, "maximize": True, "weight_decay": 0.2, "k": 3},
     "pullback": {"lr": 0.05, "pullback_momentum": "pullback", "k": 2, "alpha": 0.3},
     "reset": {"lr": 0.05, "pullback_momentum": "reset", "k": 3, "alpha": 0.8},
+    "outer momentum": {"lr": 0.05, "k": 2, "alpha": 0.7, "outer_momentum": 0.6},
+    "outer momentum above alpha 1": {
+        "lr": 0.05,
+        "k": 1,
+        "alpha": 1.3,
+        "outer_momentum": 0.3,
+        "outer_nesterov": False,
+        "pullback_momentum": "pullback",
+    },
     "all": {
         "lr": 0.07,
         "betas": (0.8, 0.6),
@@ -73,6 +83,8 @@ SGD: dict[str, dict[str, Any]] = {
     "pullback": {"lr": 0.1, "momentum": 0.9, "pullback_momentum": "pullback", "k": 2, "alpha": 0.3},
     "pullback without momentum": {"lr": 0.1, "pullback_momentum": "pullback", "k": 2},
     "reset": {"lr": 0.1, "momentum": 0.9, "pullback_momentum": "reset", "dampening": 0.3, "k": 2},
+    "outer momentum": {"lr": 0.1, "momentum": 0.5, "k": 2, "alpha": 0.7, "outer_momentum": 0.6},
+    "outer momentum, not Nesterov's": {"lr": 0.1, "k": 1, "alpha": 1.0, "outer_momentum": 0.9, "outer_nesterov": False},
     "all": {
         "lr": 0.07,
         "momentum": 0.7,
@@ -88,7 +100,64 @@ SGD: dict[str, dict[str, Any]] = {
     "lr tensor": {"lr": torch.tensor(0.03), "momentum": 0.5, "weight_decay": 0.1},
     "int": {"lr": 1, "momentum": 0, "alpha": 0, "k": 2},
 }
-HYPER = {"adamw": ADAM, "adam": ADAM, "sgd": SGD}
+RMSPROP: dict[str, dict[str, Any]] = {
+    "plain": {"lr": 0.03, "k": 3},
+    "momentum": {"lr": 0.03, "alpha": 0.4, "momentum": 0.9, "pullback_momentum": "pullback", "k": 2},
+    "centered": {"lr": torch.tensor(0.03), "alpha": 0.8, "eps": 0.1, "centered": True, "k": 2, "lookahead_alpha": 0.3},
+    "all": {
+        "lr": 0.07,
+        "alpha": 0.7,
+        "eps": 1e-4,
+        "weight_decay": 0.1,
+        "momentum": 0.6,
+        "centered": True,
+        "maximize": True,
+        "pullback_momentum": "reset",
+        "k": 2,
+        "lookahead_alpha": 0.7,
+    },
+}
+# The sixth step is the first that is rectified; with a beta2 of 0.8 it is the seventh, with 0.6 none is.
+RADAM: dict[str, dict[str, Any]] = {
+    "plain": {"lr": 0.003, "k": 3},  # rho is a small difference of large numbers
+    "betas": {"lr": 0.03, "betas": (0.4, 0.9), "eps": 0.1, "k": 2},
+    "weight decay": {"lr": torch.tensor(0.03), "betas": (0.8, 0.8), "weight_decay": 0.3, "k": 3},
+    "never rectified": {"lr": 0.03, "betas": (0.0, 0.6)},
+    "all": {
+        "lr": 0.07,
+        "betas": (0.8, 0.85),
+        "eps": 1e-4,
+        "weight_decay": 0.1,
+        "decoupled_weight_decay": True,
+        "maximize": True,
+        "pullback_momentum": "pullback",
+        "k": 2,
+        "alpha": 0.7,
+    },
+}
+LION: dict[str, dict[str, Any]] = {
+    "plain": {"lr": 0.03, "k": 3},
+    "betas": {"lr": torch.tensor(0.03), "betas": (0.4, 0.7), "pullback_momentum": "pullback", "k": 2, "alpha": 0.3},
+    "all": {
+        "lr": 0.07,
+        "betas": (0.7, 0.2),
+        "weight_decay": 0.3,
+        "maximize": True,
+        "pullback_momentum": "reset",
+        "k": 2,
+        "alpha": 0.8,
+    },
+}
+HYPER = {"adamw": ADAM, "adam": ADAM, "sgd": SGD, "rmsprop": RMSPROP, "radam": RADAM, "lion": LION}
+# What has a rule's optional state made, and what else each may differ in by group.
+WHOLE: dict[str, dict[str, Any]] = {
+    "adamw": {"amsgrad": True},
+    "adam": {"amsgrad": True},
+    "sgd": {"momentum": 0.9},
+    "rmsprop": {"momentum": 0.9, "centered": True},
+    "radam": {"betas": (0.9, 0.6)},
+    "lion": {},
+}
 CASES = [
     pytest.param(rule, hyper, id=f"{rule}-{name}") for rule, cases in HYPER.items() for name, hyper in cases.items()
 ]
@@ -128,7 +197,7 @@ def test_bits_with_decoupled_and_coupled_weight_decay(backend: BackendCase, rule
         pair.step()
 
 
-@pytest.mark.parametrize("rule", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("rule", HYPER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_groups_keep_their_own_hyperparameters(backend: BackendCase, rule: str, dtype: torch.dtype) -> None:
     """Every keyword per group; the last group has none of its own."""
@@ -139,14 +208,20 @@ def test_groups_keep_their_own_hyperparameters(backend: BackendCase, rule: str, 
         {"weight_decay": 0.5},
         {"maximize": True},
         {"k": 1},
-        {"k": 3, "alpha": 0.9},
+        {"k": 3, "lookahead_alpha" if rule == "rmsprop" else "alpha": 0.9},
         {"pullback_momentum": "reset"},
         {"pullback_momentum": "pullback", "k": 2},
         {"master_weights": True},
     ]
-    if rule == "sgd":
+    if rule == "rmsprop":
+        own += [{"momentum": 0.0}, {"alpha": 0.5}, {"eps": 0.1}, {"centered": True}]
+        hyper: dict[str, Any] = {"momentum": 0.9, "alpha": 0.8}
+    elif rule in ("radam", "lion"):
+        own += [{"betas": (0.5, 0.6)}, *([{"eps": 0.1}, {"decoupled_weight_decay": True}] if rule == "radam" else [])]
+        hyper = {"betas": (0.8, 0.7)}
+    elif rule == "sgd":
         own += [{"momentum": 0.0}, {"momentum": 0.5, "dampening": 0.3}, {"momentum": 0.8, "nesterov": True}]
-        hyper: dict[str, Any] = {"momentum": 0.9}
+        hyper = {"momentum": 0.9}
     else:
         own += [{"betas": (0.5, 0.6)}, {"eps": 0.1}, {"amsgrad": True}]
         hyper = {"betas": (0.8, 0.95)}
@@ -165,13 +240,13 @@ def test_groups_of_different_dtypes_and_a_mix_in_one(backend: BackendCase, rule:
         pair.step()
 
 
-@pytest.mark.parametrize("rule", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("rule", TORCH_CLASSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("mode", ["none", "pullback", "reset"])
 def test_bits_of_the_wrapper(backend: BackendCase, rule: str, dtype: torch.dtype, mode: str) -> None:
     """`Lookahead` over torch's classes takes the fused step: the bits are those of the classes of our own."""
-    own = {"momentum": 0.5, "nesterov": True} if rule == "sgd" else {"amsgrad": True, "betas": (0.7, 0.8)}
-    hyper = {"momentum": 0.9} if rule == "sgd" else {}
+    own = WHOLE[rule] | ({"momentum": 0.5, "nesterov": True} if rule == "sgd" else {})
+    hyper = {name: value for name, value in WHOLE[rule].items() if name == "momentum"}
     groups = (([(7,), ()], {}), ([(4, 3)], {"lr": 0.2, "weight_decay": 0.3, "maximize": True}), ([(5,)], own))
     pair = Lockstep(
         backend,
@@ -180,8 +255,8 @@ def test_bits_of_the_wrapper(backend: BackendCase, rule: str, dtype: torch.dtype
         dtype=dtype,
         lr=0.1,
         k=2,
-        alpha=0.7,
         pullback_momentum=mode,
+        **{"lookahead_alpha" if rule == "rmsprop" else "alpha": 0.7},
         **hyper,
     )
     for _ in range(STEPS):
@@ -199,7 +274,7 @@ def test_fp32_gradients_of_16_bit_parameters(backend: BackendCase, rule: str, dt
         pair.step()
 
 
-@pytest.mark.parametrize("rule", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("rule", HYPER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_values_at_the_edge(backend: BackendCase, rule: str, dtype: torch.dtype) -> None:
     """Signed zeros, subnormals, the largest numbers, infinities, NaN: in parameters and gradients, all pairs.
@@ -228,12 +303,26 @@ def test_values_at_the_edge(backend: BackendCase, rule: str, dtype: torch.dtype)
     ).to(dtype)
     p = torch.nn.Parameter(edge.repeat_interleave(len(edge)).to(backend.device))
     grad = edge.repeat(len(edge)).to(backend.device)
-    own = {"momentum": 0.9} if rule == "sgd" else {"amsgrad": True}
-    for hyper in (own, {**own, "maximize": True, "weight_decay": 0.1, "alpha": 0.3}):
+    own, alpha = WHOLE[rule], "lookahead_alpha" if rule == "rmsprop" else "alpha"
+    for hyper in (own, {**own, "maximize": True, "weight_decay": 0.1, alpha: 0.3}):
         q = torch.nn.Parameter(p.detach().clone())
         pair = Lockstep(backend, rule, ([q], {}), lr=0.1, k=2, **hyper)
         for g in (grad, grad.flip(0), grad * 0, grad):
             pair.step([g.clone()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_zero_has_a_sign(backend: BackendCase, dtype: torch.dtype) -> None:
+    """A momentum below zero that an update forgets makes -0 of it: Lion takes +0 off there, and -0 stays -0."""
+    p = torch.nn.Parameter(torch.zeros(20, dtype=dtype, device=backend.device))
+    pair = Lockstep(backend, "lion", ([p], {}), betas=(0.0, 0.5), lr=0.1, k=100)
+    pair.step([torch.ones_like(p)])
+    with torch.no_grad():
+        p.fill_(-0.0)
+        pair.optimizer.state[p]["exp_avg"].fill_(-1.0)
+    pair.adopt()
+    pair.step([torch.full_like(p, -0.0)])
+    assert p.signbit().all()
 
 
 @pytest.mark.skipif(not can_set_grad_dtype(), reason="this torch keeps gradients in their parameter's dtype")
@@ -277,6 +366,10 @@ def test_many_elements(backend: BackendCase, rule: str, dtype: torch.dtype) -> N
         ("sgd", {"maximize": True, "weight_decay": 0.0}),
         ("sgd", {"pullback_momentum": "reset"}),
         ("adamw", {"pullback_momentum": "reset"}),
+        ("rmsprop", {"centered": True, "momentum": 0.9}),
+        ("rmsprop", {"pullback_momentum": "pullback"}),
+        ("radam", {"decoupled_weight_decay": True, "betas": (0.8, 0.5)}),
+        ("lion", {"betas": (0.5, 0.6), "maximize": True}),
     ],
 )
 def test_switched_in_the_run(backend: BackendCase, rule: str, changes: dict, dtype: torch.dtype) -> None:
@@ -305,14 +398,14 @@ def test_pullback_switched_on_in_the_run(backend: BackendCase) -> None:
         p.grad = torch.ones_like(p)
         pair.optimizer.step()
     state = pair.optimizer.state[p]
-    assert state["slow_momentum"].data_ptr() != state["exp_avg"].data_ptr()
-    assert torch.equal(state["slow_momentum"], state["exp_avg"])  # after a sync
+    assert state["cached_momentum"].data_ptr() != state["exp_avg"].data_ptr()
+    assert torch.equal(state["cached_momentum"], state["exp_avg"])  # after a sync
     assert torch.isfinite(p).all()
 
 
 @pytest.mark.parametrize("momentum_first", [True, False])
 def test_momentum_may_be_switched(backend: BackendCase, momentum_first: bool) -> None:
-    """A buffer that comes late starts as torch's does, and one that rests is taken up where it was."""
+    """A buffer that comes late starts as torch's SGD's does, and one that rests is taken up where it was."""
     values = (0.9, 0.0, 0.9) if momentum_first else (0.0, 0.9, 0.5)
     ours, theirs = (make_params([(6,)], torch.float64, device=backend.device) for _ in range(2))
     optimizer = make_optimizer("sgd", ours, backend, lr=0.1, momentum=values[0], k=3)
@@ -349,7 +442,7 @@ def test_fp64_is_the_textbook(backend: BackendCase, rule: str, hyper: dict) -> N
             np.testing.assert_allclose(slow, textbook.phi, rtol=3e-15, atol=3e-15)
 
 
-@pytest.mark.parametrize(("rule", "hyper"), CASES)
+@pytest.mark.parametrize(("rule", "hyper"), [case for case in CASES if case.values[0] in TORCH_CLASSES])
 def test_fp32_is_torch_with_a_manual_sync(backend: BackendCase, rule: str, hyper: dict) -> None:
     ours, theirs = (make_params([(40,), (3, 7)], device=backend.device) for _ in range(2))
     optimizer = make_optimizer(rule, ours, backend, **hyper)

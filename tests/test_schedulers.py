@@ -12,6 +12,7 @@ import torch
 from helpers import (
     BackendCase,
     Lockstep,
+    UnfusedRMSprop,
     composed,
     make_grads,
     make_optimizer,
@@ -154,7 +155,7 @@ def test_lr_written_by_hand(backend: BackendCase, rule: str, kind: str) -> None:
 BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW": lambda params: torch.optim.AdamW(params, lr=0.1),
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
-    "RMSprop": lambda params: torch.optim.RMSprop(params, lr=0.1, momentum=0.5),
+    "RMSprop": lambda params: UnfusedRMSprop(params, lr=0.1, momentum=0.5),
 }
 ATTACHED = ("to the base, before", "to the base, after", "to the wrapper")
 

@@ -9,27 +9,36 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BackendCase, assert_unchanged, make_optimizer, make_params, same_tensor_bits, snapshot
+from helpers import (
+    BackendCase,
+    UnfusedRMSprop,
+    assert_unchanged,
+    make_optimizer,
+    make_params,
+    same_tensor_bits,
+    snapshot,
+)
 from runs import advance, assert_same_run, copies, fresh, gradients_of, tensors_of, through_a_file
 
 import lookahead_fused
+from lookahead_fused import _swap as swap
 
 RUNS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 0.1, "pullback_momentum": "pullback"},
     "sgd": {"lr": 0.1, "momentum": 0.9},
     "wrapped-adamw": {"lr": 0.1},
-    "rmsprop": {"lr": 0.1, "momentum": 0.9},
+    "external": {"lr": 0.1, "momentum": 0.9},
 }
 ALL = [(rule, torch.float32, False) for rule in RUNS]
-ALL += [("adamw", torch.float64, False), ("rmsprop", torch.float64, False), ("sgd", torch.bfloat16, False)]
-ALL += [("adamw", torch.bfloat16, True), ("sgd", torch.float16, True), ("rmsprop", torch.bfloat16, False)]
+ALL += [("adamw", torch.float64, False), ("external", torch.float64, False), ("sgd", torch.bfloat16, False)]
+ALL += [("adamw", torch.bfloat16, True), ("sgd", torch.float16, True), ("external", torch.bfloat16, False)]
 
 
 def make(
     rule: str, params: Any, backend: BackendCase, *, master: bool = False, k: int = 5
 ) -> lookahead_fused.Lookahead | torch.optim.Optimizer:
-    if rule == "rmsprop":
-        base = torch.optim.RMSprop(params, **RUNS[rule])
+    if rule == "external":
+        base = UnfusedRMSprop(params, **RUNS[rule])
         return lookahead_fused.Lookahead(base, k, 0.3, backend=backend.name)
     more = {"master_weights": True} if master else {}
     return make_optimizer(rule, params, backend, k=k, alpha=0.3, **RUNS[rule], **more)
@@ -234,6 +243,31 @@ def test_views_and_other_layouts(backend: BackendCase) -> None:
         expected = torch.arange(24.0, device=backend.device).reshape(4, 6)
         assert torch.equal(memory, expected)
     assert torch.equal(memory, theta)
+
+
+@pytest.mark.parametrize("blocks", [1 << 20, 5])
+@pytest.mark.parametrize("first", [torch.channels_last, torch.contiguous_format])
+def test_a_model_laid_out_otherwise_inside(
+    backend: BackendCase, first: torch.memory_format, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a quicker evaluation. The slow weights lie as before, and each element is traded back for its own."""
+    monkeypatch.setattr(swap, "_BLOCK", blocks)
+    second = torch.contiguous_format if first is torch.channels_last else torch.channels_last
+    model = torch.nn.Conv2d(3, 4, 2).to(backend.device, memory_format=first)
+    params = list(model.parameters())
+    optimizer = make("adamw", params, backend)
+    advance(optimizer, params, range(3))
+    before = snapshot(optimizer)
+    with optimizer.slow_weights():
+        phi = model.weight.detach().clone()
+        model.to(memory_format=second)
+        assert model.weight.stride() != phi.stride()
+        assert torch.equal(model.weight, phi)
+    assert_unchanged(before, snapshot(optimizer))
+    with optimizer.slow_weights():
+        assert torch.equal(model.weight, phi)
+        model.to(memory_format=first)
+    assert_unchanged(before, snapshot(optimizer))
 
 
 def test_a_group_added_inside(backend: BackendCase) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints of torch's Adam, AdamW and SGD load into our classes, and ours into torch's."""
+"""Checkpoints of torch's Adam, AdamW, SGD, RMSprop and RAdam load into our classes, and ours into torch's."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from helpers import (
     BackendCase,
     assert_unchanged,
     make_optimizer,
+    oracle_settings,
     same_tensor_bits,
     snapshot,
     to_numpy,
@@ -30,8 +31,20 @@ HYPER: dict[str, dict[str, Any]] = {
     "adam": {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.1, "maximize": True},
     "sgd": {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
     "plain sgd": {"lr": 0.1},
+    "rmsprop": {"lr": 0.1, "alpha": 0.8, "momentum": 0.9, "centered": True},
+    "radam": {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.1, "decoupled_weight_decay": True},
 }
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg")
 FUSED = [pytest.param({"fused": True}, id="fused"), pytest.param({"foreach": True}, id="foreach"), {}]
+
+
+def alpha_of(rule: str) -> str:
+    return "lookahead_alpha" if rule == "rmsprop" else "alpha"
+
+
+def implemented(rule: str, switch: dict[str, Any]) -> dict[str, Any]:
+    """RMSprop and RAdam have no fused form in torch."""
+    return {} if rule in ("rmsprop", "radam") and "fused" in switch else switch
 
 
 def torch_class(rule: str) -> Any:
@@ -55,12 +68,12 @@ def torch_run(
 
 def continued(rule: str, params: list[torch.nn.Parameter], saved: dict[str, Any]) -> list[Exact]:
     """Oracles that go on from torch's state: moments as they are, phi at the weights of now."""
-    settings = Settings(rule.removeprefix("plain "), k=K, alpha=ALPHA, **HYPER[rule])
+    settings = oracle_settings(rule.removeprefix("plain "), k=K, **{alpha_of(rule): ALPHA}, **HYPER[rule])
     oracles = []
     for i, p in enumerate(params):
         o = Exact(to_numpy(p), DTYPE_NAMES[p.dtype], settings)
         own = saved["state"].get(i, {})
-        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"):
+        for name in MOMENTS:
             if isinstance(own.get(name), torch.Tensor):
                 o.state[name] = to_numpy(own[name]).astype(o.T)
         # A count that a checkpoint lacks starts at 0, and the sync comes k steps later. The oracle would take
@@ -88,13 +101,13 @@ def follow(optimizer: torch.optim.Optimizer, params: Any, oracles: list[Exact], 
 def test_from_torch(backend: BackendCase, rule: str, switch: dict, order: str, wrapped: bool) -> None:
     """Moments and settings come over, phi starts where theta is at the next step: also when the weights are
     loaded after the optimizer. A torch SGD checkpoint has momentum and no count, and its momentum counts."""
-    weights, saved = torch_run(rule, backend, **switch)
+    weights, saved = torch_run(rule, backend, **implemented(rule, switch))
     params = fresh(backend, seed=5)
     if wrapped:
         base = torch_class(rule)(params, lr=0.9)
         optimizer = lookahead_fused.Lookahead(base, K, ALPHA, backend=backend.name)
     else:
-        optimizer = ours_class(rule)(params, lr=0.9, k=K, alpha=ALPHA, backend=backend.name)
+        optimizer = ours_class(rule)(params, lr=0.9, k=K, **{alpha_of(rule): ALPHA}, backend=backend.name)
     before = copy.deepcopy(saved)
     if order == "weights last":
         optimizer.load_state_dict(saved)
@@ -106,7 +119,7 @@ def test_from_torch(backend: BackendCase, rule: str, switch: dict, order: str, w
     assert all("slow_param" not in optimizer.state.get(p, {}) for p in params)
     oracles = continued(rule, params, saved)
     follow(optimizer, params, oracles, range(CUT, CUT + 7))
-    counts = [CUT + 7 if rule.startswith("adam") else 7] * len(params)
+    counts = [7 if rule.endswith("sgd") else CUT + 7] * len(params)
     assert [optimizer.state[p]["step"].item() for p in params] == counts
     assert {optimizer.state[p]["step"].dtype for p in params} == {torch.float64}
     assert_unchanged(before, saved)
@@ -133,7 +146,7 @@ def test_from_torch_with_a_sync_of_the_moments(backend: BackendCase, rule: str) 
     oracles = continued(rule, params, saved)
     for o in oracles:
         o.settings = Settings(rule, k=K, alpha=ALPHA, pullback_momentum="pullback", **HYPER[rule])
-        o.state["slow_momentum"] = o.state["momentum_buffer" if rule == "sgd" else "exp_avg"].copy()
+        o.state["cached_momentum"] = o.state["momentum_buffer" if rule == "sgd" else "exp_avg"].copy()
     follow(optimizer, params, oracles, range(CUT, CUT + 7))
 
 
@@ -216,20 +229,20 @@ def test_the_kind_of_weight_decay(backend: BackendCase, rule: str, decoupled: bo
 def test_to_torch(backend: BackendCase, rule: str, switch: dict, wrapped: bool) -> None:
     """torch's class goes on from our checkpoint as from its own that holds the same numbers: on each of its
     implementations, the one it was told to take among them."""
+    switch = implemented(rule, switch)
     params = fresh(backend)
     make_rule = ("wrapped-" if wrapped else "") + rule.removeprefix("plain ")
-    ours = make_optimizer(make_rule, params, backend, k=K, alpha=ALPHA, **HYPER[rule])
+    ours = make_optimizer(make_rule, params, backend, k=K, **{alpha_of(rule): ALPHA}, **HYPER[rule])
     advance(ours, params, range(CUT))
     saved = through_a_file(ours.state_dict())
     before = copy.deepcopy(saved)
 
     reference_params = copies(params)
     reference = torch_class(rule)(reference_params, **HYPER[rule], **switch)
-    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
     state = {}
     for i, own in saved["state"].items():
-        state[i] = {name: own[name].clone() for name in names if name in own}
-        if rule.startswith("adam"):
+        state[i] = {name: own[name].clone() for name in MOMENTS if name in own}
+        if not rule.endswith("sgd"):
             state[i]["step"] = own["step"].float()
     reference.load_state_dict({**reference.state_dict(), "state": state})
 
@@ -267,7 +280,8 @@ def test_unwrapped(backend: BackendCase, rule: str) -> None:
 def test_there_and_back(backend: BackendCase, rule: str) -> None:
     """To torch, some steps there, and back: torch hands on what it does not know, and we read it again."""
     params = fresh(backend)
-    ours = make_optimizer(rule.removeprefix("plain "), params, backend, k=K, alpha=ALPHA, **HYPER[rule])
+    alpha = {alpha_of(rule): ALPHA}
+    ours = make_optimizer(rule.removeprefix("plain "), params, backend, k=K, **alpha, **HYPER[rule])
     advance(ours, params, range(3))
     slow = [ours.state[p]["slow_param"].clone() for p in params]
     theirs = torch_class(rule)(params)
@@ -275,7 +289,7 @@ def test_there_and_back(backend: BackendCase, rule: str) -> None:
     advance(theirs, params, range(3, 6))
     ours.load_state_dict(through_a_file(theirs.state_dict()))
     assert ours.param_groups[0]["k"] == K
-    assert ours.param_groups[0]["alpha"] == ALPHA
+    assert ours.param_groups[0].items() >= alpha.items()
     for p, phi in zip(params, slow, strict=True):
         assert same_tensor_bits(ours.state[p]["slow_param"], phi)
     before = snapshot(ours)

@@ -24,7 +24,7 @@ class Graph:
     def __init__(self, host: Any, optimizer: torch.optim.Optimizer) -> None:
         self.launches: list[Callable[[], None]] = []
         kernels = triton_on_host.kernels()
-        stepper = optimizer._table._parts[0].stepper  # type: ignore[attr-defined]
+        stepper = optimizer._table.parts[0].stepper  # type: ignore[attr-defined]
         recorders = {name: Recorder(getattr(kernels, name), self.launches) for name in ("rows", "chunks")}
         stepper.kernels = types.SimpleNamespace(**{**vars(kernels), **recorders})
         made: list[Tensor] = []

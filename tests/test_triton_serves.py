@@ -12,7 +12,7 @@ import torch
 from triton_host import Driver, needs_triton
 
 import lookahead_fused
-from lookahead_fused import build
+from lookahead_fused import _build as build
 from lookahead_fused.backends import BACKENDS, choose, triton
 
 

@@ -1,4 +1,5 @@
-// What an instruction set's translation unit gives out: for a rule and a dtype pattern, the two functions of a step.
+// What an instruction set's translation unit gives out: for a rule and a pattern of dtypes, the two functions of a
+// pass.
 #pragma once
 
 #include <cstddef>
@@ -9,14 +10,16 @@
 namespace lookahead_fused {
 
 struct Kernel {
-    // Advances every row's step counter, writes the coefficients of the rows' updates into steps (row_count times
-    // step_bytes at most) and which of them is each row's into step_of_row.
+    // Advances the step counter of every row that takes part and writes the coefficients of the rows' updates into
+    // steps (row_count times step_bytes at most), and into step_of_row which of them is each row's, negative where a
+    // row takes no part.
     void (*rows)(const Table& table, const StepArguments& arguments, void* steps, int32_t* step_of_row);
     // Updates the elements of chunks [begin, end).
     void (*chunks)(const Table& table, const void* steps, const int32_t* step_of_row, int64_t begin, int64_t end);
     size_t step_bytes;
 };
 
+// Null where there is no such walk.
 using FindKernel = const Kernel* (*)(const char* rule, Dtype param, Dtype grad);
 
 const Kernel* find_baseline(const char* rule, Dtype param, Dtype grad);

@@ -53,6 +53,24 @@ struct Process {
     std::atomic_flag busy = ATOMIC_FLAG_INIT;
 };
 
+// The process's one region with helpers; the next comes when this is gone, however its scope was left.
+class Claim {
+   public:
+    Claim(std::atomic_flag& busy, bool wanted)
+        : busy_(busy), won_(wanted && !busy.test_and_set(std::memory_order_acquire)) {}
+    ~Claim() {
+        if (won_) busy_.clear(std::memory_order_release);
+    }
+    Claim(const Claim&) = delete;
+    Claim& operator=(const Claim&) = delete;
+
+    bool won() const { return won_; }
+
+   private:
+    std::atomic_flag& busy_;
+    const bool won_;
+};
+
 // Tasks are taken one by one, not shared out: a thread that comes late, or whose core other work holds, takes fewer.
 struct Region {
     const std::function<void(int64_t)>& task;
@@ -69,18 +87,20 @@ struct Region {
 
 bool torch_threads_serve() { return Process::current().torch_parallel_for != nullptr; }
 
-void parallel_for(int64_t count, int threads, bool own_threads, const std::function<void(int64_t)>& task) {
+void parallel_for(int64_t count, int threads, bool own_threads, const std::function<void()>& prepare,
+                  const std::function<void(int64_t)>& task) {
     Process& process = Process::current();
-    Region region{task, count};
     const int useful = static_cast<int>(threads < count ? threads : count);
-    if (useful > 1 && !process.busy.test_and_set(std::memory_order_acquire)) {
+    const Claim claim(process.busy, useful > 1);
+    prepare();
+    Region region{task, count};
+    if (claim.won()) {
         if (process.torch_parallel_for == nullptr || own_threads) {
             process.pool->run(useful, [&region] { region.work(); });
         } else {
             const auto work = [](int64_t, int64_t, void* context) { static_cast<Region*>(context)->work(); };
             process.torch_parallel_for(0, useful, 1, work, &region);
         }
-        process.busy.clear(std::memory_order_release);
     }
     region.work();
 }

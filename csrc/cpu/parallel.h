@@ -16,10 +16,14 @@ namespace lookahead_fused {
 // Whether the threads of a region in this process are torch's.
 bool torch_threads_serve();
 
-// Calls task(i) for every i in [0, count) on up to `threads` threads, the caller among them, and returns when all are
-// done. Tasks are handed out in ascending order, and computed in the default floating-point environment. A region
-// already running elsewhere in the process leaves this one to its caller alone. Where `own_threads` is true, torch's
-// threads are not called.
-void parallel_for(int64_t count, int threads, bool own_threads, const std::function<void(int64_t)>& task);
+// Calls prepare() on the caller, then task(i) for every i in [0, count) on up to `threads` threads, the caller among
+// them, and returns when all are done. Tasks are handed out in ascending order, and computed in the default
+// floating-point environment. A region already running elsewhere in the process leaves this one to its caller alone.
+// Where `own_threads` is true, torch's threads are not called.
+//
+// Neither function may throw. Where this throws itself, neither was called; where threads cannot be made, those that
+// there are do all the tasks.
+void parallel_for(int64_t count, int threads, bool own_threads, const std::function<void()>& prepare,
+                  const std::function<void(int64_t)>& task);
 
 }  // namespace lookahead_fused

@@ -1,5 +1,9 @@
 #include "pool.h"
 
+#include <new>
+#include <system_error>
+#include <thread>
+
 namespace lookahead_fused {
 
 void Pool::run(int threads, const std::function<void()>& work) {
@@ -20,11 +24,14 @@ void Pool::run(int threads, const std::function<void()>& work) {
     done_.wait(lock, [this] { return running_ == 0; });
 }
 
-void Pool::grow(int workers) {
-    while (static_cast<int>(workers_.size()) < workers) {
-        const int index = static_cast<int>(workers_.size());
-        workers_.emplace_back([this, index] { serve(index); });
-        workers_.back().detach();
+void Pool::grow(int workers) noexcept {
+    try {
+        for (; workers_ < workers; ++workers_) {
+            std::thread([this, index = workers_] { serve(index); }).detach();
+        }
+    } catch (const std::system_error&) {
+        // The process may have no more threads, now.
+    } catch (const std::bad_alloc&) {
     }
 }
 

@@ -5,8 +5,6 @@
 #include <cstdint>
 #include <functional>
 #include <mutex>
-#include <thread>
-#include <vector>
 
 namespace lookahead_fused {
 
@@ -14,17 +12,17 @@ namespace lookahead_fused {
 // depend on them.
 class Pool {
    public:
-    // Calls `work` on the caller and on up to threads - 1 others, and returns when all that began it are done. It must
-    // be work that any number of threads may share, and may find done.
+    // Calls `work` on the caller and on up to threads - 1 others, fewer where the system gives no more, and returns
+    // when all that began it are done. It must be work that any number of threads may share, and may find done.
     void run(int threads, const std::function<void()>& work);
 
    private:
-    void grow(int workers);
+    void grow(int workers) noexcept;
     void serve(int index);
 
     std::mutex mutex_;
     std::condition_variable wake_, done_;
-    std::vector<std::thread> workers_;
+    int workers_ = 0;
     const std::function<void()>* work_ = nullptr;
     bool open_ = false;
     int wanted_ = 0, running_ = 0;

@@ -48,27 +48,35 @@ const Kernel* find_kernel(const std::string& instruction_set, const std::string&
     throw std::invalid_argument("instruction set '" + instruction_set + "' is not one this machine can run");
 }
 
-Workspace::Workspace(const Table& table, const Kernel& kernel)
-    : steps_(static_cast<size_t>(table.row_count) * kernel.step_bytes),
-      step_of_row_(static_cast<size_t>(table.row_count)) {
-    int64_t elements = 0;
-    for (int64_t i = 0; i < table.chunk_count; ++i) {
-        if (i == 0 || elements + table.chunks[i].count > SPAN_ELEMENTS) {
-            spans_.push_back(i);
-            elements = 0;
-        }
-        elements += table.chunks[i].count;
-    }
-    spans_.push_back(table.chunk_count);
-}
-
 void Workspace::step(const Table& table, const Kernel& kernel, const StepArguments& arguments, int threads,
                      bool own_threads) {
+    fit(table, kernel);
+    const auto span_count = static_cast<int64_t>(spans_.size());
     const DefaultFloatingPoint defaults;
-    kernel.rows(table, arguments, steps_.data(), step_of_row_.data());
-    parallel_for(static_cast<int64_t>(spans_.size()) - 1, threads, own_threads, [&](int64_t i) {
-        kernel.chunks(table, steps_.data(), step_of_row_.data(), spans_[i], spans_[i + 1]);
-    });
+    parallel_for(
+        span_count, threads, own_threads, [&] { kernel.rows(table, arguments, steps_.data(), step_of_row_.data()); },
+        [&](int64_t i) {
+            const int64_t end = i + 1 < span_count ? spans_[i + 1] : chunk_count_;
+            kernel.chunks(table, steps_.data(), step_of_row_.data(), spans_[i], end);
+        });
+}
+
+void Workspace::fit(const Table& table, const Kernel& kernel) {
+    const auto rows = static_cast<size_t>(table.row_count);
+    if (steps_.size() < rows * kernel.step_bytes) steps_.resize(rows * kernel.step_bytes);
+    if (step_of_row_.size() < rows) step_of_row_.resize(rows);
+    if (table.chunk_count < chunk_count_) {
+        spans_.clear();
+        chunk_count_ = 0;
+    }
+    for (; chunk_count_ < table.chunk_count; ++chunk_count_) {
+        const int64_t elements = table.chunks[chunk_count_].count;
+        if (spans_.empty() || last_span_elements_ + elements > SPAN_ELEMENTS) {
+            spans_.push_back(chunk_count_);
+            last_span_elements_ = 0;
+        }
+        last_span_elements_ += elements;
+    }
 }
 
 }  // namespace lookahead_fused

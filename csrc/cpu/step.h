@@ -1,6 +1,7 @@
-// A step on the CPU: the kernel that this machine runs best, over a table, in one parallel region.
+// A pass on the CPU: the kernel that this machine runs best, over a table, in one parallel region.
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <vector>
 
@@ -12,20 +13,25 @@ namespace lookahead_fused {
 // The instruction sets of this build that this machine has, the preferred one last.
 std::vector<std::string> instruction_sets();
 
-// Null where the rule has no walk for the dtypes.
+// Null where there is no such walk.
 const Kernel* find_kernel(const std::string& instruction_set, const std::string& rule, Dtype param, Dtype grad);
 
-// Room for what a step computes once for each row; made with the table, not in the step.
+// What a table's passes work with, kept from one to the next: room for what is computed once for each row, and how the
+// chunks are shared out.
 class Workspace {
    public:
-    Workspace(const Table& table, const Kernel& kernel);
+    // Memory is allocated in a table's first pass, and where rows and chunks were added to its end since the last one.
+    // Where this throws, nothing has changed, not even a counter.
     void step(const Table& table, const Kernel& kernel, const StepArguments& arguments, int threads, bool own_threads);
 
    private:
-    std::vector<unsigned char> steps_;
+    void fit(const Table& table, const Kernel& kernel);
+
+    std::vector<std::byte> steps_;
     std::vector<int32_t> step_of_row_;
-    // Runs of chunks of about equal size: what a thread takes at a time. spans_[i] to spans_[i + 1] are chunk numbers.
+    // Runs of chunks of about equal size, what a thread takes at a time: the numbers of their first chunks.
     std::vector<int64_t> spans_;
+    int64_t chunk_count_ = 0, last_span_elements_ = 0;
 };
 
 }  // namespace lookahead_fused

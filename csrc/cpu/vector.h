@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "../rules/numeric.h"
+#include "../table/dtypes.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -38,6 +39,11 @@ struct Vec {
     // The comparison is false for a NaN, which then stays.
     friend LF_HD Vec maximum(Vec a, Vec b) { return {a.native <= b.native ? b.native : a.native}; }
 
+    friend LF_HD Vec sign(Vec a) {
+        const Native zero{}, one = zero + T(1);
+        return {a.native > zero ? one : a.native < zero ? -one : a.native + zero};
+    }
+
     friend LF_HD Vec square_root(Vec a) {
 #if defined(__AVX512F__)
         if constexpr (sizeof(Native) == 64 && sizeof(T) == 4) return {(Native)_mm512_sqrt_ps((__m512)a.native)};
@@ -54,14 +60,6 @@ struct Vec {
         for (int i = 0; i < N; ++i) a.native[i] = square_root(a.native[i]);
         return a;
     }
-};
-
-// The two 16-bit formats, as they lie in memory.
-struct BFloat16 {
-    uint16_t bits;
-};
-struct Float16 {
-    uint16_t bits;
 };
 
 template <class To, class From>

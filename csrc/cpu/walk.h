@@ -1,16 +1,14 @@
 // The walk over a table on a CPU: prologue over rows, then chunks of elements in SIMD registers.
 //
-// This file is compiled once for each instruction set, with LF_ISA its name and LF_REGISTER_BYTES its register width,
-// and gives out one Kernels table. Adding a rule here is one line in find().
+// This file is compiled once for each instruction set, with LF_ISA its name and LF_REGISTER_BYTES its register width.
+// Every rule is crossed with every pattern of dtypes, by the lists; none is named here.
 #pragma once
 
+#include <cstring>
 #include <type_traits>
 
-#include "../rules/adam.h"
-#include "../rules/sgd.h"
-#include "../rules/sync.h"
 #include "../table/prologue.h"
-#include "../table/table.h"
+#include "../table/walks.h"
 #include "kernels.h"
 #include "prefetch.h"
 #include "vector.h"
@@ -28,176 +26,158 @@ struct Walk {
     // that takes the walk from 67 to 56 us (a Xeon with AMX); from 2 to 12 ahead make no difference.
     static constexpr int SMALL = 1024, CHUNKS_AHEAD = 3;
 
-    // The addresses of what a register holds.
-    struct Lanes {
+    // A chunk's own part of its row's arrays, null where the row has none and where this pass leaves it alone.
+    struct Arrays {
         P* param;
         const G* grad;
-        T* master;
-        T* slow;
-        T* slow_moment;
-        T* moment[Rule::MOMENTS];
+        T* state[STATE_END<Rule>];  // by Column, from STATE on
     };
 
+    static LF_HD Arrays arrays(const Step& step, const Row& row, int64_t offset) {
+        Arrays at;
+        at.param = static_cast<P*>(row.column[PARAM]) + offset;
+        at.grad = Rule::reads_gradient ? static_cast<const G*>(row.column[GRAD]) + offset : nullptr;
+        for (int i = STATE; i < STATE_END<Rule>; ++i) {
+            T* const base = static_cast<T*>(row.column[i]);
+            at.state[i] = base == nullptr ? nullptr : base + offset;
+        }
+        if (!Rule::reads_gradient && !step.slow.acts_on_moment) at.state[MOMENT] = nullptr;
+        return at;
+    }
+
+    // The WIDTH elements from i on.
     template <int WIDTH>
-    static LF_HD void elements(const Step& step, const Lanes& at) {
+    static LF_HD void elements(const Step& step, const Arrays& at, int64_t i) {
         using V = Vec<T, WIDTH>;
-        const auto load = [](const auto* from) { return Memory<T, WIDTH, std::decay_t<decltype(*from)>>::load(from); };
-        const auto store = [](auto* to, V value) { Memory<T, WIDTH, std::decay_t<decltype(*to)>>::store(to, value); };
-        V p = at.master != nullptr ? load(at.master) : load(at.param);
+        const auto load = [i](const auto* from) {
+            return Memory<T, WIDTH, std::decay_t<decltype(*from)>>::load(from + i);
+        };
+        const auto store = [i](auto* to, V value) {
+            Memory<T, WIDTH, std::decay_t<decltype(*to)>>::store(to + i, value);
+        };
+        V p = at.state[MASTER] != nullptr ? load(at.state[MASTER]) : load(at.param);
         V moment[Rule::MOMENTS] = {};
-        for (int i = 0; i < Rule::MOMENTS; ++i) {
-            if (step.moments >> i & 1) moment[i] = load(at.moment[i]);
+        for (int m = 0; m < Rule::MOMENTS; ++m) {
+            if (at.state[MOMENT + m] != nullptr) moment[m] = load(at.state[MOMENT + m]);
         }
         const V start = p;
         V g{};
         if constexpr (Rule::reads_gradient) g = load(at.grad);
         Rule::update(step.rule, p, g, moment);
-        if (step.sync.due || step.sync.capture) {
-            V slow = step.sync.capture ? start : load(at.slow);
-            if (step.sync.due) {
-                step.sync.weights(p, slow);
-                if (step.moments & 1) {
-                    V slow_moment{};
-                    if (step.sync.pullback == PULLBACK_INTERPOLATE) slow_moment = load(at.slow_moment);
-                    step.sync.moment(moment[0], slow_moment);
-                    if (step.sync.pullback == PULLBACK_INTERPOLATE) store(at.slow_moment, slow_moment);
+        if (step.slow.due || step.slow.capture) {
+            V slow = step.slow.capture ? start : load(at.state[SLOW]);
+            if (step.slow.due) {
+                V outer{};
+                if (at.state[OUTER_MOMENTUM] != nullptr) outer = load(at.state[OUTER_MOMENTUM]);
+                step.slow.weights(p, slow, outer);
+                if (at.state[OUTER_MOMENTUM] != nullptr) store(at.state[OUTER_MOMENTUM], outer);
+                if (at.state[MOMENT] != nullptr) {
+                    V cached{};
+                    if (at.state[CACHED_MOMENT] != nullptr) cached = load(at.state[CACHED_MOMENT]);
+                    step.slow.moment(moment[0], cached);
+                    if (at.state[CACHED_MOMENT] != nullptr) store(at.state[CACHED_MOMENT], cached);
                 }
             }
-            store(at.slow, slow);
+            store(at.state[SLOW], slow);
         }
-        for (int i = 0; i < Rule::MOMENTS; ++i) {
-            if (step.moments >> i & 1) store(at.moment[i], moment[i]);
+        for (int m = 0; m < Rule::MOMENTS; ++m) {
+            if (at.state[MOMENT + m] != nullptr) store(at.state[MOMENT + m], moment[m]);
         }
-        if (at.master != nullptr) store(at.master, p);
+        // What is not computed here and not changed here stays as it is, also where it was rounded.
+        if (!Rule::reads_gradient && !step.slow.restarts) return;
+        if (at.state[MASTER] != nullptr) store(at.state[MASTER], p);
         store(at.param, p);
     }
 
     // An address past the end of a tensor is harmless here.
-    static LF_HD void prefetch(const Step& step, const Lanes& at, int ahead) {
-        __builtin_prefetch(at.param + ahead, 1);
-        if constexpr (Rule::reads_gradient) __builtin_prefetch(at.grad + ahead, 0);
-        if (at.master != nullptr) __builtin_prefetch(at.master + ahead, 1);
-        if (step.sync.due) __builtin_prefetch(at.slow + ahead, 1);
-        for (int i = 0; i < Rule::MOMENTS; ++i) {
-            if (step.moments >> i & 1) __builtin_prefetch(at.moment[i] + ahead, 1);
+    static LF_HD void prefetch(const Step& step, const Arrays& at, int64_t i) {
+        __builtin_prefetch(at.param + i, 1);
+        if constexpr (Rule::reads_gradient) __builtin_prefetch(at.grad + i, 0);
+        for (int column = STATE; column < STATE_END<Rule>; ++column) {
+            const bool moved = step.slow.due || column < SLOW || column >= MOMENT;
+            if (at.state[column] != nullptr && moved) __builtin_prefetch(at.state[column] + i, 1);
         }
     }
 
     // Where rows are small, the processor's own prefetchers have nothing to go by. Inline, or GCC drops the call: a
     // function that only prefetches has no effect.
-    static LF_HD void prefetch_small(const Table& table, const Step& step, int64_t i) {
+    static LF_HD void prefetch_small(const Step& step, const Row& row, const Chunk& piece) {
         constexpr int LINE = 64 / sizeof(T), LINES = 4;
-        const Chunk& piece = table.chunks[i];
-        const Row& row = table.rows[piece.row];
-        if (!takes_part(row)) return;
-        const Lanes at = lanes(row, piece.offset);
-        for (int ahead = 0; ahead < LINES * LINE && ahead < piece.count; ahead += LINE) prefetch(step, at, ahead);
+        const Arrays at = arrays(step, row, piece.offset);
+        for (int i = 0; i < LINES * LINE && i < piece.count; i += LINE) prefetch(step, at, i);
     }
 
-    static LF_HD void forward(Lanes& at, int count) {
-        const auto move = [count](auto*& pointer) {
-            if (pointer != nullptr) pointer += count;
-        };
-        move(at.param);
-        move(at.grad);
-        move(at.master);
-        move(at.slow);
-        move(at.slow_moment);
-        for (int i = 0; i < Rule::MOMENTS; ++i) move(at.moment[i]);
-    }
-
-    // The last elements of a row, fewer than 2 * WIDTH, in narrower and narrower registers: the same operations.
+    // The last elements of a chunk, fewer than 2 * WIDTH, in narrower and narrower registers: the same operations.
     template <int WIDTH>
-    static LF_HD void tail(const Step& step, Lanes& at, int count) {
+    static LF_HD void tail(const Step& step, const Arrays& at, int64_t i, int count) {
         if (count & WIDTH) {
-            elements<WIDTH>(step, at);
-            forward(at, WIDTH);
+            elements<WIDTH>(step, at, i);
+            i += WIDTH;
         }
-        if constexpr (WIDTH > 1) tail<WIDTH / 2>(step, at, count);
+        if constexpr (WIDTH > 1) tail<WIDTH / 2>(step, at, i, count);
     }
 
-    static Lanes lanes(const Row& row, int64_t offset) {
-        const auto shift = [offset](auto* base) { return base == nullptr ? nullptr : base + offset; };
-        Lanes at{};
-        at.param = shift(static_cast<P*>(row.column[PARAM]));
-        at.grad = shift(static_cast<const G*>(row.column[GRAD]));
-        at.master = shift(static_cast<T*>(row.column[MASTER]));
-        at.slow = shift(static_cast<T*>(row.column[SLOW]));
-        at.slow_moment = shift(static_cast<T*>(row.column[SLOW_MOMENT]));
-        for (int i = 0; i < Rule::MOMENTS; ++i) at.moment[i] = shift(static_cast<T*>(row.column[MOMENT + i]));
-        return at;
-    }
-
-    static void chunk(const Row& row, const Step& step, int64_t offset, int32_t count) {
-        Lanes at = lanes(row, offset);
-        const int ahead = prefetch_ahead();
+    static void chunk(const Step& step, const Row& row, const Chunk& piece) {
+        const Arrays at = arrays(step, row, piece.offset);
+        const int ahead = prefetch_ahead(), whole = piece.count / N * N;
         // What lies behind a small tensor is not what comes next.
         const bool streams = row.numel > 8 * ahead;
-        for (; count >= N; count -= N) {
-            if (streams) prefetch(step, at, ahead);
-            elements<N>(step, at);
-            forward(at, N);
+        for (int64_t i = 0; i < whole; i += N) {
+            if (streams) prefetch(step, at, i + ahead);
+            elements<N>(step, at, i);
         }
-        if (count > 0) tail<N / 2>(step, at, count);
+        if (whole < piece.count) tail<N / 2>(step, at, whole, piece.count - whole);
     }
 
     static void rows(const Table& table, const StepArguments& arguments, void* steps, int32_t* step_of_row) {
         Step* out = static_cast<Step*>(steps);
         int32_t made = 0, group = -1;
-        int64_t applied = -1;
-        bool loaded = false;
+        RowCounts last{};
         for (int64_t i = 0; i < table.row_count; ++i) {
             const Row& row = table.rows[i];
-            if (!takes_part(row)) continue;
-            double& counter = *static_cast<double*>(row.column[STEP]);
-            // Neighbours mostly share group and step, and then the coefficients, powers and all.
-            if (row.group != group || static_cast<int64_t>(counter) != applied || (row.moments_loaded != 0) != loaded) {
+            step_of_row[i] = -1;
+            if (!takes_part(row, arguments.pass)) continue;
+            const RowCounts counts = RowCounts::of(row);
+            // Neighbours mostly share group and counts, and then the coefficients, powers and all.
+            if (row.group != group || !(counts == last)) {
                 group = row.group;
-                applied = static_cast<int64_t>(counter);
-                loaded = row.moments_loaded != 0;
-                out[made++] = prepare<Rule, T>(table.groups[group], applied, loaded, arguments);
+                last = counts;
+                prepare(table.policy, table.groups[group], counts, arguments, out[made++]);
             }
             step_of_row[i] = made - 1;
-            counter += 1.0;
+            if (arguments.pass == Pass::STEP) *static_cast<double*>(row.column[STEP]) += 1.0;
         }
     }
 
     static void chunks(const Table& table, const void* steps, const int32_t* step_of_row, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const Chunk& piece = table.chunks[i];
-            const Row& row = table.rows[piece.row];
-            if (!takes_part(row)) continue;
+            if (step_of_row[piece.row] < 0) continue;
             const Step& step = static_cast<const Step*>(steps)[step_of_row[piece.row]];
-            if constexpr (!Rule::reads_gradient) {
-                if (!step.sync.due) continue;
+            if (!Rule::reads_gradient && !step.slow.due) continue;
+            if (piece.count <= SMALL && i + CHUNKS_AHEAD < end) {
+                const Chunk& later = table.chunks[i + CHUNKS_AHEAD];
+                // With this row's step: neighbours are mostly of one group.
+                if (step_of_row[later.row] >= 0) prefetch_small(step, table.rows[later.row], later);
             }
-            // With the columns of this row's step: neighbours are mostly of one group.
-            if (piece.count <= SMALL && i + CHUNKS_AHEAD < end) prefetch_small(table, step, i + CHUNKS_AHEAD);
-            chunk(row, step, piece.offset, piece.count);
+            chunk(step, table.rows[piece.row], piece);
         }
     }
 
     static constexpr Kernel kernel{&rows, &chunks, sizeof(Step)};
 };
 
-template <class Rule>
-const Kernel* find(Dtype param, Dtype grad) {
-    if (param == Dtype::FLOAT64 && grad == Dtype::FLOAT64) return &Walk<Rule, double, double>::kernel;
-    if (param == Dtype::FLOAT64 && grad == Dtype::FLOAT32) return &Walk<Rule, double, float>::kernel;
-    if (param == Dtype::FLOAT32 && grad == Dtype::FLOAT32) return &Walk<Rule, float, float>::kernel;
-    if (param == Dtype::BFLOAT16 && grad == Dtype::BFLOAT16) return &Walk<Rule, BFloat16, BFloat16>::kernel;
-    if (param == Dtype::BFLOAT16 && grad == Dtype::FLOAT32) return &Walk<Rule, BFloat16, float>::kernel;
-    if (param == Dtype::FLOAT16 && grad == Dtype::FLOAT16) return &Walk<Rule, Float16, Float16>::kernel;
-    if (param == Dtype::FLOAT16 && grad == Dtype::FLOAT32) return &Walk<Rule, Float16, float>::kernel;
-    return nullptr;
-}
-
 inline const Kernel* find(const char* rule, Dtype param, Dtype grad) {
-    if (std::strcmp(rule, Adam::name) == 0) return find<Adam>(param, grad);
-    if (std::strcmp(rule, Sgd::name) == 0) return find<Sgd>(param, grad);
-    // No gradient is read, so one pattern stands for all of a parameter type's.
-    if (std::strcmp(rule, SyncOnly::name) == 0) return find<SyncOnly>(param, param);
-    return nullptr;
+    const Kernel* found = nullptr;
+    Rules::any([&](auto r) {
+        using Rule = decltype(r);
+        if (std::strcmp(rule, Rule::name) != 0) return false;
+        return with_walk<Rule>(param, grad, [&](auto pattern) {
+            using Pattern = decltype(pattern);
+            found = &Walk<Rule, typename Pattern::Param, typename Pattern::Grad>::kernel;
+        });
+    });
+    return found;
 }
 
 }  // namespace LF_ISA

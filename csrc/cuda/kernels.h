@@ -1,8 +1,9 @@
-// What a rule's translation unit gives out: for a dtype pattern, the two launches of a step.
+// What a rule's translation unit gives out: for a pattern of dtypes, the two launches of a pass.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "../table/table.h"
 #include "runtime.h"
@@ -11,6 +12,7 @@ namespace lookahead_fused {
 
 // The argument of both kernels; every address is the device's.
 struct Launch {
+    int32_t policy;
     const Row* rows;  // but for their GRAD column, which moves more often than all else: that is `gradients`
     int64_t row_count;
     const Group* groups;
@@ -25,10 +27,10 @@ constexpr int ROW_THREADS = 128;    // one for each row
 constexpr int CHUNK_THREADS = 256;  // a block for each chunk
 
 struct Kernel {
-    const char* name;
+    std::string name;  // as errors have it: "adam of bfloat16 with float32 gradients"
     size_t step_bytes;
     bool reads_gradient;
-    // Advances the step counter of every row and writes the coefficients of its update.
+    // Advances the step counter of every row that takes part and writes the coefficients of its update.
     cudaError_t (*launch_rows)(const Launch& launch, unsigned blocks, cudaStream_t stream);
     // Updates the elements of every chunk.
     cudaError_t (*launch_chunks)(const Launch& launch, unsigned blocks, cudaStream_t stream);
@@ -36,10 +38,9 @@ struct Kernel {
     cudaError_t (*load)();
 };
 
-// Null where the rule has no walk for the dtypes.
-const Kernel* find_adam(Dtype param, Dtype grad);
-const Kernel* find_adam_fp64(Dtype param, Dtype grad);
-const Kernel* find_sgd(Dtype param, Dtype grad);
-const Kernel* find_sync(Dtype param);
+// Defined for each rule in a file of its own (walk.cu.in), and for the parameters that are computed in fp64 apart from
+// the others. Null where there is no such walk.
+template <class Rule, bool FP64>
+const Kernel* find_walk(Dtype param, Dtype grad);
 
 }  // namespace lookahead_fused

@@ -10,16 +10,10 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../table/dtypes.h"
+
 namespace lookahead_fused {
 inline namespace LF_ISA {
-
-// The two 16-bit formats, as they lie in memory.
-struct BFloat16 {
-    uint16_t bits;
-};
-struct Float16 {
-    uint16_t bits;
-};
 
 enum class Reuse { SOON, NEXT_STEP };
 

@@ -1,10 +1,10 @@
 #include "stepper.h"
 
+#include <algorithm>
 #include <cstring>
 
-#include "../rules/adam.h"
-#include "../rules/sgd.h"
-#include "../rules/sync.h"
+#include "../rules/all.h"
+#include "../slow/all.h"
 #include "../table/packed.h"
 #include "device.h"
 
@@ -13,6 +13,15 @@ namespace {
 
 std::string copied(size_t bytes, const char* what) {
     return "cudaMemcpyAsync of " + std::to_string(bytes) + " bytes (" + what + ") to the device";
+}
+
+// The graph that the stream is being captured into, or null.
+cudaGraph_t capturing(cudaStream_t stream) {
+    cudaStreamCaptureStatus status;
+    unsigned long long id;
+    cudaGraph_t graph = nullptr;
+    check(cudaStreamGetCaptureInfo(stream, &status, &id, &graph), "cudaStreamGetCaptureInfo");
+    return status == cudaStreamCaptureStatusNone ? nullptr : graph;
 }
 
 // While another thread captures a graph, this needs leave: a module that is not loaded yet allocates memory.
@@ -25,34 +34,34 @@ void load(const Kernel& kernel, int device) {
 }  // namespace
 
 const Kernel* find_kernel(const std::string& rule, Dtype param, Dtype grad) {
-    if (rule == Adam::name) return param == Dtype::FLOAT64 ? find_adam_fp64(param, grad) : find_adam(param, grad);
-    if (rule == Sgd::name) return find_sgd(param, grad);
-    if (rule == SyncOnly::name) return find_sync(param);
-    return nullptr;
+    const Kernel* found = nullptr;
+    Rules::any([&](auto of) {
+        using Rule = decltype(of);
+        if (rule != Rule::name) return false;
+        found = param == Dtype::FLOAT64 ? find_walk<Rule, true>(param, grad) : find_walk<Rule, false>(param, grad);
+        return true;
+    });
+    return found;
 }
 
-Sizes sizes(const Table& table, const Kernel& kernel) {
+Sizes sizes(const Table& table, const Kernels& kernels) {
     const Packed packed(table);
-    return {packed.fixed + table.row_count * kernel.step_bytes, packed.moving};
+    const size_t step_bytes = std::max(kernels.step.step_bytes, kernels.sync.step_bytes);
+    return {packed.fixed + table.row_count * step_bytes, packed.moving};
 }
 
-Stepper::Stepper(const Table& table, const Kernel& kernel, int device, const Memory& memory, cudaStream_t stream)
-    : kernel_(kernel), device_(device), memory_(memory), moving_(sizes(table, kernel).moving) {
+Stepper::Stepper(const Table& table, const Kernels& kernels, int device, const Memory& memory, cudaStream_t stream)
+    : kernels_(kernels), device_(device), memory_(memory), moving_(sizes(table, kernels).moving) {
     const DeviceGuard guard(device);
-    load(kernel, device);
+    load(kernels.step, device);
+    load(kernels.sync, device);
 
     // The room for coefficients too: their padding is copied with them, and would pass for memory never written.
-    std::vector<std::byte> fixed(sizes(table, kernel).fixed);
-    pack_fixed(table, fixed.data());
-    {
-        // Out of memory that is not pinned: the call returns when it has read it, and may wait for that.
-        const MayWait allowed;
-        check(cudaMemcpyAsync(memory.fixed, fixed.data(), fixed.size(), cudaMemcpyHostToDevice, stream),
-              copied(fixed.size(), "rows and chunks"));
-    }
+    upload_fixed(table, sizes(table, kernels).fixed, stream);
 
     const Packed packed(table);
     launch_.rows = reinterpret_cast<const Row*>(memory.fixed);
+    launch_.policy = table.policy;
     launch_.row_count = table.row_count;
     launch_.chunks = reinterpret_cast<const Chunk*>(memory.fixed + packed.chunks);
     launch_.chunk_count = table.chunk_count;
@@ -87,7 +96,7 @@ void Stepper::destroy_events() {
 
 void Stepper::step(const Table& table, const StepArguments& arguments, cudaStream_t stream) {
     const DeviceGuard guard(device_);
-    gather(table);
+    gather(table, arguments.pass);
     if (!uploaded_ || std::memcmp(moving_.data(), on_device_.data(), moving_.size()) != 0) upload(stream);
     launch(table, arguments, memory_.moving, stream);
 }
@@ -95,18 +104,42 @@ void Stepper::step(const Table& table, const StepArguments& arguments, cudaStrea
 void Stepper::capture(const Table& table, const StepArguments& arguments, std::byte* moving, std::byte* pinned,
                       cudaStream_t stream) {
     const DeviceGuard guard(device_);
-    gather(table);
+    gather(table, arguments.pass);
     std::memcpy(pinned, moving_.data(), moving_.size());
     check(cudaMemcpyAsync(moving, pinned, moving_.size(), cudaMemcpyHostToDevice, stream),
           copied(moving_.size(), "gradients and groups"));
     launch(table, arguments, moving, stream);
 }
 
-void Stepper::gather(const Table& table) {
-    if (table.row_count != launch_.row_count || table.chunk_count != launch_.chunk_count) {
+void Stepper::update_fixed(const Table& table, cudaStream_t stream) {
+    const DeviceGuard guard(device_);
+    check_table(table);
+    if (capturing(stream) != nullptr) {
+        // Every replay would copy out of host memory that is gone.
+        throw std::logic_error("rows and chunks cannot be sent again while their stream is being captured");
+    }
+    upload_fixed(table, Packed(table).fixed, stream);
+}
+
+void Stepper::check_table(const Table& table) const {
+    if (table.row_count != launch_.row_count || table.chunk_count != launch_.chunk_count ||
+        Packed(table).moving != moving_.size()) {
         throw std::logic_error("a stepper was given another table than it was made for");
     }
-    pack_moving(table, kernel_.reads_gradient, moving_.data());
+}
+
+void Stepper::upload_fixed(const Table& table, size_t bytes, cudaStream_t stream) {
+    std::vector<std::byte> fixed(bytes);
+    pack_fixed(table, fixed.data());
+    // Out of memory that is not pinned: the call returns when it has read it, and may wait for that.
+    const MayWait allowed;
+    check(cudaMemcpyAsync(memory_.fixed, fixed.data(), bytes, cudaMemcpyHostToDevice, stream),
+          copied(bytes, "rows and chunks"));
+}
+
+void Stepper::gather(const Table& table, Pass pass) {
+    check_table(table);
+    pack_moving(table, pass, kernels_.of(pass).reads_gradient, moving_.data());
 }
 
 void Stepper::upload(cudaStream_t stream) {
@@ -141,26 +174,28 @@ void Stepper::launch(const Table& table, const StepArguments& arguments, const s
     launch.arguments = arguments;
     if (table.row_count == 0) return;
     const auto row_blocks = static_cast<unsigned>((table.row_count + ROW_THREADS - 1) / ROW_THREADS);
-    check_launch(kernel_.launch_rows(launch, row_blocks, stream), "row", row_blocks, ROW_THREADS);
+    const Kernel& kernel = kernels_.of(arguments.pass);
+    check_launch(kernel.launch_rows(launch, row_blocks, stream), "row", kernel, row_blocks, ROW_THREADS);
     if (table.chunk_count == 0) return;
     const auto chunk_blocks = static_cast<unsigned>(table.chunk_count);
-    check_launch(kernel_.launch_chunks(launch, chunk_blocks, stream), "chunk", chunk_blocks, CHUNK_THREADS);
+    check_launch(kernel.launch_chunks(launch, chunk_blocks, stream), "chunk", kernel, chunk_blocks, CHUNK_THREADS);
 }
 
-void Stepper::check_launch(cudaError_t error, const char* kernel, unsigned blocks, int threads) const {
+void Stepper::check_launch(cudaError_t error, const char* which, const Kernel& kernel, unsigned blocks,
+                           int threads) const {
     if (error == cudaSuccess) return;
-    check(error, std::string("launch of the ") + kernel + " kernel of " + kernel_.name + " in " +
-                     std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads on device " +
-                     std::to_string(device_));
+    check(error, std::string("launch of the ") + which + " kernel of " + kernel.name + " in " + std::to_string(blocks) +
+                     " blocks of " + std::to_string(threads) + " threads on device " + std::to_string(device_));
 }
 
 void retain_for_graph(cudaStream_t stream, void* object, void (*release)(void*)) {
-    cudaStreamCaptureStatus status;
-    unsigned long long id;
-    cudaGraph_t graph = nullptr;
-    const cudaError_t found = cudaStreamGetCaptureInfo(stream, &status, &id, &graph);
-    if (found != cudaSuccess) release(object);
-    check(found, "cudaStreamGetCaptureInfo");
+    cudaGraph_t graph;
+    try {
+        graph = capturing(stream);
+    } catch (...) {
+        release(object);
+        throw;
+    }
     cudaUserObject_t held;
     cudaError_t error = cudaUserObjectCreate(&held, object, release, 1, cudaUserObjectNoDestructorSync);
     if (error != cudaSuccess) release(object);
@@ -172,7 +207,7 @@ void retain_for_graph(cudaStream_t stream, void* object, void (*release)(void*))
 
 void load_kernels(int device) {
     const DeviceGuard guard(device);
-    load(*find_adam(Dtype::FLOAT32, Dtype::FLOAT32), device);
+    load(*find_kernel(External::name, Dtype::FLOAT32, Dtype::FLOAT32), device);
 }
 
 int device_count() {

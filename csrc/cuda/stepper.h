@@ -1,10 +1,10 @@
-// A table on an NVIDIA GPU, and a step over it: one copy at most, two launches.
+// A table on an NVIDIA GPU, and a pass over it: one copy at most, two launches.
 //
-// What is fixed for the life of a table (rows, chunks) is uploaded once. What moves (the gradients' addresses, the
-// groups' hyperparameters) is compared with what the device has, and uploaded in one piece where it differs. That is an
-// asynchronous copy out of pinned memory: kernel arguments would save it for a small model, but hold 4 KB, and with
-// 20,000 tensors a step would need forty more launches. In most training loops gradients keep their addresses, and
-// nothing is copied at all.
+// What is fixed for the life of a table (rows, chunks) is uploaded once, and again only where state lies elsewhere.
+// What moves (the gradients' addresses, the groups' hyperparameters) is compared with what the device has, and uploaded
+// in one piece where it differs. That is an asynchronous copy out of pinned memory: kernel arguments would save it for
+// a small model, but hold 4 KB, and with 20,000 tensors a step would need forty more launches. In most training loops
+// gradients keep their addresses, and nothing is copied at all.
 #pragma once
 
 #include <cstddef>
@@ -16,8 +16,16 @@
 
 namespace lookahead_fused {
 
-// Null where the rule has no walk for the dtypes.
+// Null where there is no such walk.
 const Kernel* find_kernel(const std::string& rule, Dtype param, Dtype grad);
+
+// What a table's passes are made with.
+struct Kernels {
+    const Kernel& step;
+    const Kernel& sync;  // External's, of the same parameters
+
+    const Kernel& of(Pass pass) const { return pass == Pass::STEP ? step : sync; }
+};
 
 // How many copies may be under way before the host waits for the device.
 constexpr int RING = 4;
@@ -26,7 +34,7 @@ constexpr int RING = 4;
 struct Sizes {
     size_t fixed, moving;
 };
-Sizes sizes(const Table& table, const Kernel& kernel);
+Sizes sizes(const Table& table, const Kernels& kernels);
 
 // Allocated by the caller, and kept until the stepper is gone.
 struct Memory {
@@ -38,7 +46,7 @@ struct Memory {
 class Stepper {
    public:
     // Throws where the device is none of those that the kernels are built for.
-    Stepper(const Table& table, const Kernel& kernel, int device, const Memory& memory, cudaStream_t stream);
+    Stepper(const Table& table, const Kernels& kernels, int device, const Memory& memory, cudaStream_t stream);
     ~Stepper();
     Stepper(const Stepper&) = delete;
     Stepper& operator=(const Stepper&) = delete;
@@ -50,6 +58,10 @@ class Stepper {
     void capture(const Table& table, const StepArguments& arguments, std::byte* moving, std::byte* pinned,
                  cudaStream_t stream);
 
+    // Sends rows and chunks again, as many as there were: a tensor of a row's state lies elsewhere than before.
+    // Captured graphs read them too in their next replay. Throws where the stream is being captured.
+    void update_fixed(const Table& table, cudaStream_t stream);
+
    private:
     struct Slot {
         cudaEvent_t copied = nullptr;
@@ -57,12 +69,14 @@ class Stepper {
     };
 
     void destroy_events();
-    void gather(const Table& table);
+    void check_table(const Table& table) const;
+    void upload_fixed(const Table& table, size_t bytes, cudaStream_t stream);
+    void gather(const Table& table, Pass pass);
     void upload(cudaStream_t stream);
     void launch(const Table& table, const StepArguments& arguments, const std::byte* moving, cudaStream_t stream);
-    void check_launch(cudaError_t error, const char* kernel, unsigned blocks, int threads) const;
+    void check_launch(cudaError_t error, const char* which, const Kernel& kernel, unsigned blocks, int threads) const;
 
-    const Kernel& kernel_;
+    const Kernels kernels_;
     const int device_;
     const Memory memory_;
     Launch launch_{};

@@ -1,18 +1,14 @@
 // The walk over a table on an NVIDIA GPU: a thread for each row, then a block for each chunk.
 //
-// Nothing a step decides comes back to the host: the step counters, the sync and what found_inf holds back are read
-// and written here. This file is compiled once for each rule.
+// Nothing a step decides comes back to the host: the step counters, the policy's event and whether found_inf skips the
+// step are read and written here. This file is compiled once for each rule (walk.cu.in), which it crosses with every
+// pattern of dtypes by the list.
 #pragma once
-
-#define LF_ISA cuda
 
 #include "runtime.h"
 
-#include "../rules/adam.h"
-#include "../rules/sgd.h"
-#include "../rules/sync.h"
 #include "../table/prologue.h"
-#include "../table/table.h"
+#include "../table/walks.h"
 #include "kernels.h"
 #include "memory.cuh"
 
@@ -36,14 +32,11 @@ struct Walk {
     // The parameter is kept in fewer bits than it is computed in; only then there may be a master.
     static constexpr bool NARROW = sizeof(P) < sizeof(T);
 
-    // A chunk's own part of its row's arrays; null where the row has none.
+    // A chunk's own part of its row's arrays; null where the row has none and where this pass leaves it alone.
     struct Arrays {
         P* param;
         const G* grad;
-        T* master;
-        T* slow;
-        T* slow_moment;
-        T* moment[MOMENTS];
+        T* state[STATE_END<Rule>];  // by Column, from STATE on
     };
 
     template <class M>
@@ -51,24 +44,24 @@ struct Walk {
         return column == nullptr ? nullptr : static_cast<M*>(column) + offset;
     }
 
-    static __device__ Arrays arrays(const Row& row, void* gradient, int64_t offset) {
+    static __device__ Arrays arrays(const Step& step, const Row& row, void* gradient, int64_t offset) {
         Arrays at;
         at.param = part<P>(row.column[PARAM], offset);
         at.grad = Rule::reads_gradient ? part<G>(gradient, offset) : nullptr;
-        at.master = part<T>(row.column[MASTER], offset);
-        at.slow = part<T>(row.column[SLOW], offset);
-        at.slow_moment = part<T>(row.column[SLOW_MOMENT], offset);
-        for (int i = 0; i < MOMENTS; ++i) at.moment[i] = part<T>(row.column[MOMENT + i], offset);
+        for (int i = STATE; i < STATE_END<Rule>; ++i) at.state[i] = part<T>(row.column[i], offset);
+        if (!Rule::reads_gradient && !step.slow.acts_on_moment) at.state[MOMENT] = nullptr;
         return at;
     }
 
     static __device__ bool aligned(const Arrays& at) {
         const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
-        uintptr_t all =
-            address(at.param) | address(at.grad) | address(at.master) | address(at.slow) | address(at.slow_moment);
-        for (int i = 0; i < MOMENTS; ++i) all |= address(at.moment[i]);
+        uintptr_t all = address(at.param) | address(at.grad);
+        for (int i = STATE; i < STATE_END<Rule>; ++i) all |= address(at.state[i]);
         return all % 16 == 0;
     }
+
+    // What is not computed here and not changed here stays as it is, also where it was rounded.
+    static __device__ bool changes_weights(const Step& step) { return Rule::reads_gradient || step.slow.restarts; }
 
     // The N elements from i on. Every condition on the way is the same for all threads of a block.
     template <int N>
@@ -81,9 +74,9 @@ struct Walk {
             for (int j = 0; j < N; ++j) g.element[j] = widen(grad.element[j]);
             load<Reuse::SOON>(p, at.param + i);
             Pack<T, N> moment[MOMENTS] = {};
-            load_moments(step, at, i, moment);
+            load_moments(at, i, moment);
             unit(step, at, i, p, g, moment);
-            store<Reuse::SOON>(at.param + i, p);
+            if (changes_weights(step)) store<Reuse::SOON>(at.param + i, p);
         } else {
             narrow_elements<N>(step, at, i);
         }
@@ -102,20 +95,21 @@ struct Walk {
         const int first = TRADED && threadIdx.x % 2 != 0 ? i - UNIT : i;
         constexpr bool NARROW_GRAD = sizeof(G) < sizeof(T);
 
+        T* const master = at.state[MASTER];
         Pack<P, N> param{};
         Pack<G, NARROW_GRAD ? N : UNIT> grad{};
         Pack<T, UNIT> p{}, moment[MOMENTS] = {};
         const auto load_unit = [&](int place) {
             if constexpr (Rule::reads_gradient && !NARROW_GRAD) load<Reuse::NEXT_STEP>(grad, at.grad + place);
-            if (at.master != nullptr) load<Reuse::NEXT_STEP>(p, at.master + place);
-            load_moments(step, at, place, moment);
+            if (master != nullptr) load<Reuse::NEXT_STEP>(p, master + place);
+            load_moments(at, place, moment);
         };
         // All loads of the first unit before the trade, which waits for what it trades.
-        if (at.master == nullptr) load<Reuse::SOON>(param, at.param + i);
+        if (master == nullptr) load<Reuse::SOON>(param, at.param + i);
         if constexpr (Rule::reads_gradient && NARROW_GRAD) load<Reuse::NEXT_STEP>(grad, at.grad + i);
         load_unit(first);
         if constexpr (TRADED) {
-            if (at.master == nullptr) trade_halves(param);
+            if (master == nullptr) trade_halves(param);
             if constexpr (Rule::reads_gradient && NARROW_GRAD) trade_halves(grad);
         }
 #pragma unroll
@@ -124,32 +118,32 @@ struct Walk {
             if (u > 0) load_unit(place);
             Pack<T, UNIT> g;
             for (int j = 0; j < UNIT; ++j) g.element[j] = widen(grad.element[NARROW_GRAD ? u * UNIT + j : j]);
-            if (at.master == nullptr) {
+            if (master == nullptr) {
                 for (int j = 0; j < UNIT; ++j) p.element[j] = widen(param.element[u * UNIT + j]);
             }
             unit(step, at, place, p, g, moment);
-            if (at.master != nullptr) store<Reuse::NEXT_STEP>(at.master + place, p);
+            if (master != nullptr && changes_weights(step)) store<Reuse::NEXT_STEP>(master + place, p);
             for (int j = 0; j < UNIT; ++j) narrow(p.element[j], param.element[u * UNIT + j]);
         }
+        if (!changes_weights(step)) return;
         if constexpr (TRADED) trade_halves(param);
         store<Reuse::SOON>(at.param + i, param);
     }
 
     template <int N>
-    static __device__ __forceinline__ void load_moments(const Step& step, const Arrays& at, int i,
-                                                        Pack<T, N> (&moment)[MOMENTS]) {
+    static __device__ __forceinline__ void load_moments(const Arrays& at, int i, Pack<T, N> (&moment)[MOMENTS]) {
 #pragma unroll
         for (int m = 0; m < MOMENTS; ++m) {
-            if (step.moments >> m & 1) load<Reuse::NEXT_STEP>(moment[m], at.moment[m] + i);
+            if (at.state[MOMENT + m] != nullptr) load<Reuse::NEXT_STEP>(moment[m], at.state[MOMENT + m] + i);
         }
     }
 
     template <int N>
     static __device__ __forceinline__ void unit(const Step& step, const Arrays& at, int i, Pack<T, N>& p,
                                                 const Pack<T, N>& g, Pack<T, N> (&moment)[MOMENTS]) {
-        // In a first step that is a sync too (k = 1), phi is read back from here: kept in registers, it would take them
-        // from every step.
-        if (step.sync.capture) store<Reuse::NEXT_STEP>(at.slow + i, p);
+        // In a first step that has an event too (k = 1), phi is read back from here: kept in registers, it would take
+        // them from every step.
+        if (step.slow.capture) store<Reuse::NEXT_STEP>(at.state[SLOW] + i, p);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
             T own[MOMENTS];
@@ -157,22 +151,27 @@ struct Walk {
             Rule::update(step.rule, p.element[j], g.element[j], own);
             for (int m = 0; m < MOMENTS; ++m) moment[m].element[j] = own[m];
         }
-        if (step.sync.due) {
-            Pack<T, N> slow;
-            load<Reuse::NEXT_STEP>(slow, at.slow + i);
-            for (int j = 0; j < N; ++j) step.sync.weights(p.element[j], slow.element[j]);
-            store<Reuse::NEXT_STEP>(at.slow + i, slow);
-            if (step.moments & 1) {
-                const bool cached = step.sync.pullback == PULLBACK_INTERPOLATE;
-                Pack<T, N> slow_moment{};
-                if (cached) load<Reuse::NEXT_STEP>(slow_moment, at.slow_moment + i);
-                for (int j = 0; j < N; ++j) step.sync.moment(moment[0].element[j], slow_moment.element[j]);
-                if (cached) store<Reuse::NEXT_STEP>(at.slow_moment + i, slow_moment);
-            }
+        // What becomes of the moments before what becomes of the weights: for both at once there are no registers.
+        if (step.slow.due && at.state[MOMENT] != nullptr) {
+            T* const cache = at.state[CACHED_MOMENT];
+            Pack<T, N> cached{};
+            if (cache != nullptr) load<Reuse::NEXT_STEP>(cached, cache + i);
+            for (int j = 0; j < N; ++j) step.slow.moment(moment[0].element[j], cached.element[j]);
+            if (cache != nullptr) store<Reuse::NEXT_STEP>(cache + i, cached);
         }
 #pragma unroll
         for (int m = 0; m < MOMENTS; ++m) {
-            if (step.moments >> m & 1) store<Reuse::NEXT_STEP>(at.moment[m] + i, moment[m]);
+            if (at.state[MOMENT + m] != nullptr) store<Reuse::NEXT_STEP>(at.state[MOMENT + m] + i, moment[m]);
+        }
+        if (step.slow.due) {
+            Pack<T, N> slow;
+            load<Reuse::NEXT_STEP>(slow, at.state[SLOW] + i);
+            T* const momentum = at.state[OUTER_MOMENTUM];
+            Pack<T, N> outer{};
+            if (momentum != nullptr) load<Reuse::NEXT_STEP>(outer, momentum + i);
+            for (int j = 0; j < N; ++j) step.slow.weights(p.element[j], slow.element[j], outer.element[j]);
+            if (momentum != nullptr) store<Reuse::NEXT_STEP>(momentum + i, outer);
+            store<Reuse::NEXT_STEP>(at.state[SLOW] + i, slow);
         }
     }
 };
@@ -180,13 +179,11 @@ struct Walk {
 template <class Rule, class T>
 __global__ void __launch_bounds__(ROW_THREADS) rows(Launch launch) {
     const int64_t i = static_cast<int64_t>(blockIdx.x) * ROW_THREADS + threadIdx.x;
-    if (i >= launch.row_count || launch.gradients[i] == nullptr || holds(launch.arguments)) return;
+    if (i >= launch.row_count || launch.gradients[i] == nullptr || skips_step(launch.arguments)) return;
     const Row& row = launch.rows[i];
-    double& counter = *static_cast<double*>(row.column[STEP]);
-    const double applied = counter;
-    static_cast<RowStep<Rule, T>*>(launch.steps)[i] = prepare<Rule, T>(
-        launch.groups[row.group], static_cast<int64_t>(applied), row.moments_loaded != 0, launch.arguments);
-    counter = applied + 1.0;
+    prepare(launch.policy, launch.groups[row.group], RowCounts::of(row), launch.arguments,
+            static_cast<RowStep<Rule, T>*>(launch.steps)[i]);
+    if (launch.arguments.pass == Pass::STEP) *static_cast<double*>(row.column[STEP]) += 1.0;
 }
 
 // Four blocks, 1024 threads, are resident on a multiprocessor: enough loads in flight to keep the memory busy.
@@ -195,17 +192,17 @@ __global__ void __launch_bounds__(CHUNK_THREADS, 1024 / CHUNK_THREADS) chunks(La
     using Walk = Walk<Rule, P, G>;
     const Chunk chunk = launch.chunks[blockIdx.x];
     void* const gradient = launch.gradients[chunk.row];
-    if (gradient == nullptr || holds(launch.arguments)) return;
+    if (gradient == nullptr || skips_step(launch.arguments)) return;
 
     // In shared memory and not in each thread's registers, which it would fill by half.
     __shared__ typename Walk::Step step;
     __shared__ typename Walk::Arrays at;
     if (threadIdx.x == 0) {
         step = static_cast<const typename Walk::Step*>(launch.steps)[chunk.row];
-        at = Walk::arrays(launch.rows[chunk.row], gradient, chunk.offset);
+        at = Walk::arrays(step, launch.rows[chunk.row], gradient, chunk.offset);
     }
     __syncthreads();
-    if (!Rule::reads_gradient && !step.sync.due) return;
+    if (!Rule::reads_gradient && !step.slow.due) return;
 
     const int vectored = Walk::VECTOR > 1 && Walk::aligned(at) ? chunk.count / Walk::WHOLE * Walk::WHOLE : 0;
     const int thread = static_cast<int>(threadIdx.x);
@@ -229,8 +226,10 @@ cudaError_t launch(void (*kernel)(Arguments...), unsigned blocks, int threads, c
 }
 
 template <class Rule, class P, class G>
-const Kernel* kernel(const char* name) {
+const Kernel* kernel() {
     using T = Compute<P>;
+    std::string name = std::string(Rule::name) + " of " + DtypeOf<P>::name;
+    if (Rule::reads_gradient && !std::is_same_v<P, G>) name += std::string(" with ") + DtypeOf<G>::name + " gradients";
     static const Kernel kernel{
         name,
         sizeof(RowStep<Rule, T>),
@@ -250,4 +249,16 @@ const Kernel* kernel(const char* name) {
 }
 
 }  // namespace LF_ISA
+
+template <class Rule, bool FP64>
+const Kernel* find_walk(Dtype param, Dtype grad) {
+    const Kernel* found = nullptr;
+    with_walk<Rule>(param, grad, [&](auto pattern) {
+        using P = typename decltype(pattern)::Param;
+        using G = typename decltype(pattern)::Grad;
+        if constexpr (std::is_same_v<Compute<P>, double> == FP64) found = kernel<Rule, P, G>();
+    });
+    return found;
+}
+
 }  // namespace lookahead_fused

@@ -1,49 +1,70 @@
-// lookahead_fused._cpu: the table, and a step over it on the CPU.
+// lookahead_fused._cpu: the table, a step over it on the CPU, and what else is done to memory there.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <memory>
 #include <optional>
 
+#include "../cpu/exchange.h"
 #include "../cpu/huge_pages.h"
 #include "../cpu/parallel.h"
 #include "../cpu/step.h"
+#include "../rules/all.h"
 #include "table_binding.h"
 #include "watch.h"
 
 namespace lookahead_fused {
 namespace {
 
-constexpr int DLPACK_CPU = 1;
-
-// A table's kernel and the room it works in; lives as long as the table does not change.
+// A table's kernels and the room they work in; lives as long as the table.
 class Stepper {
    public:
     Stepper(const TableBinding& table, const std::string& instruction_set)
-        : kernel_(find_kernel(instruction_set, table.rule(), table.param_dtype(), table.grad_dtype())),
-          workspace_(check(table), *kernel_) {}
+        : step_(kernel(table, instruction_set, table.rule(), table.grad_dtype())),
+          sync_(kernel(table, instruction_set, External::name, table.param_dtype())) {
+        if (table.view().row_count > 0 && table.device_type() != dlpack::CPU) {
+            throw py::value_error("the CPU backend was given a table of tensors on another device");
+        }
+    }
 
-    // Where grad_scale is None the gradients are as they are.
-    void step(const TableBinding& table, std::optional<float> grad_scale, int threads, bool own_threads) {
-        const StepArguments arguments{grad_scale ? &*grad_scale : nullptr, nullptr};
-        const Table view = table.view();
-        const py::gil_scoped_release released;
-        workspace_.step(view, *kernel_, arguments, threads, own_threads);
+    // Where grad_scale is None the gradients are as they are. The interpreter's lock is kept: whoever waits for it may
+    // be about to move memory whose address was just read (a queue's feeder thread shares it, an offloader frees it).
+    void run(const TableBinding& table, std::optional<float> grad_scale, int threads, bool own_threads) {
+        const StepArguments arguments{grad_scale ? &*grad_scale : nullptr, nullptr, table.pass()};
+        const Kernel& kernel = table.pass() == Pass::SYNC ? sync_ : step_;
+        workspace_.step(table.view(), kernel, arguments, threads, own_threads);
     }
 
    private:
-    Table check(const TableBinding& table) const {
-        if (kernel_ == nullptr) throw py::value_error("rule '" + table.rule() + "' has no CPU walk for these dtypes");
-        const Table view = table.view();
-        if (view.row_count > 0 && table.device_type() != DLPACK_CPU) {
-            throw py::value_error("the CPU backend was given a table of tensors on another device");
-        }
-        return view;
+    static const Kernel& kernel(const TableBinding& table, const std::string& instruction_set, const std::string& rule,
+                                Dtype grad) {
+        const Kernel* const found = find_kernel(instruction_set, rule, table.param_dtype(), grad);
+        if (found == nullptr) throw py::value_error("rule '" + rule + "' has no CPU walk for these dtypes");
+        return *found;
     }
 
-    const Kernel* kernel_;
+    const Kernel& step_;
+    const Kernel& sync_;
     Workspace workspace_;
 };
+
+// Pairs of tensors of one dtype and layout, in CPU memory. Nothing has changed where this throws.
+void exchange_tensors(py::handle tensor_type, py::list pairs, int threads, bool own_threads) {
+    TensorReader reader(tensor_type);
+    std::vector<Trade> trades;
+    for (const py::handle entry : pairs) {
+        const py::tuple pair = py::reinterpret_borrow<py::tuple>(entry);
+        Description a, b;
+        const bool described = reader.is_plain(pair[0].ptr()) && reader.is_plain(pair[1].ptr()) &&
+                               reader.describe(pair[0].ptr(), a) && reader.describe(pair[1].ptr(), b);
+        if (!described || a.device.type != dlpack::CPU || !a.same_device(b) || !(a.dtype == b.dtype) ||
+            !a.same_layout(b) || ((a.data == nullptr || b.data == nullptr) && a.numel() > 0)) {
+            throw py::value_error("two tensors that are to trade places must lie alike in CPU memory");
+        }
+        const auto bytes = static_cast<size_t>(a.numel()) * (a.dtype.bits / 8);
+        trades.push_back({static_cast<std::byte*>(a.data), static_cast<std::byte*>(b.data), bytes});
+    }
+    exchange(trades, threads, own_threads);
+}
 
 }  // namespace
 }  // namespace lookahead_fused
@@ -58,8 +79,9 @@ PYBIND11_MODULE(_cpu, module) {
         "prefer_huge_pages",
         [](uintptr_t address, size_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(address), bytes); },
         py::arg("address"), py::arg("bytes"));
+    module.def("exchange", &exchange_tensors, py::arg("tensor_type"), py::arg("pairs"), py::arg("threads"),
+               py::arg("own_threads"));
     py::class_<Stepper>(module, "Stepper", py::module_local())
         .def(py::init<const TableBinding&, const std::string&>(), py::arg("table"), py::arg("instruction_set"))
-        .def("step", &Stepper::step, py::arg("table"), py::arg("grad_scale"), py::arg("threads"),
-             py::arg("own_threads"));
+        .def("run", &Stepper::run, py::arg("table"), py::arg("grad_scale"), py::arg("threads"), py::arg("own_threads"));
 }

@@ -8,6 +8,7 @@
 
 #include "../cuda/device.h"
 #include "../cuda/stepper.h"
+#include "../rules/external.h"
 #include "table_binding.h"
 #include "watch.h"
 
@@ -26,10 +27,14 @@ T* pointer(uintptr_t address) {
 
 cudaStream_t stream_of(uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
 
-const Kernel& kernel_for(const TableBinding& table) {
-    const Kernel* kernel = find_kernel(table.rule(), table.param_dtype(), table.grad_dtype());
-    if (kernel == nullptr) throw py::value_error("rule '" + table.rule() + "' has no CUDA walk for these dtypes");
-    return *kernel;
+Kernels kernels_for(const TableBinding& table) {
+    const Kernel* step = find_kernel(table.rule(), table.param_dtype(), table.grad_dtype());
+    if (step == nullptr) throw py::value_error("rule '" + table.rule() + "' has no CUDA walk for these dtypes");
+    return {*step, *find_kernel(External::name, table.param_dtype(), table.param_dtype())};
+}
+
+StepArguments arguments_of(const TableBinding& table, uintptr_t grad_scale, uintptr_t found_inf) {
+    return {pointer<float>(grad_scale), pointer<float>(found_inf), table.pass()};
 }
 
 // What captured graphs held and let go of. They do so on any thread and in the midst of calls to CUDA, where no Python
@@ -73,11 +78,11 @@ class StepperBinding {
             throw py::value_error("the CUDA backend was given a table of tensors on another device");
         }
         const Memory memory{pointer(fixed), pointer(moving), pointer(pinned)};
-        stepper_ = std::make_unique<Stepper>(view, kernel_for(table), device, memory, stream_of(stream));
+        stepper_ = std::make_unique<Stepper>(view, kernels_for(table), device, memory, stream_of(stream));
     }
 
     static std::pair<size_t, size_t> sizes(const TableBinding& table) {
-        const Sizes sizes = lookahead_fused::sizes(table.view(), kernel_for(table));
+        const Sizes sizes = lookahead_fused::sizes(table.view(), kernels_for(table));
         return {sizes.fixed, sizes.moving};
     }
 
@@ -85,15 +90,19 @@ class StepperBinding {
         Dropped::release();
         const Table view = table.view();
         const py::gil_scoped_release released;
-        stepper_->step(view, {pointer<float>(grad_scale), pointer<float>(found_inf)}, stream_of(stream));
+        stepper_->step(view, arguments_of(table, grad_scale, found_inf), stream_of(stream));
+    }
+
+    void update_fixed(const TableBinding& table, uintptr_t stream) {
+        stepper_->update_fixed(table.view(), stream_of(stream));
     }
 
     // `owners` is kept as long as the graph.
     void capture(const TableBinding& table, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t stream,
                  uintptr_t moving, uintptr_t pinned, py::object owners) {
         retain_for_graph(stream_of(stream), owners.release().ptr(), &Dropped::add);
-        stepper_->capture(table.view(), {pointer<float>(grad_scale), pointer<float>(found_inf)}, pointer(moving),
-                          pointer(pinned), stream_of(stream));
+        stepper_->capture(table.view(), arguments_of(table, grad_scale, found_inf), pointer(moving), pointer(pinned),
+                          stream_of(stream));
     }
 
    private:
@@ -125,6 +134,7 @@ PYBIND11_MODULE(LOOKAHEAD_FUSED_CUDA_MODULE, module) {
         .def_static("sizes", &StepperBinding::sizes, py::arg("table"))
         .def("step", &StepperBinding::step, py::arg("table"), py::arg("grad_scale"), py::arg("found_inf"),
              py::arg("stream"))
+        .def("update_fixed", &StepperBinding::update_fixed, py::arg("table"), py::arg("stream"))
         .def("capture", &StepperBinding::capture, py::arg("table"), py::arg("grad_scale"), py::arg("found_inf"),
              py::arg("stream"), py::arg("moving"), py::arg("pinned"), py::arg("owners"));
 }

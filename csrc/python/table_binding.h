@@ -1,5 +1,6 @@
-// The table as Python makes and keeps it: parameters, state tensors and parameter groups in, rows and chunks out, and
-// once a step a check that all of it still is where it was.
+// The table as Python makes and keeps it: parameters, their state and their groups in, rows and chunks out. Once a step
+// every tensor is looked at where it is now; none is held between two steps, so that memory which the optimizer no
+// longer needs is free when its owner lets it go.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -8,62 +9,65 @@
 #include <vector>
 
 #include "../table/table.h"
-#include "tensor_reader.h"
+#include "../torch/tensor_reader.h"
+#include "group_reader.h"
 
 namespace lookahead_fused {
 
-// The rule as a backend names it, for matching hyperparameters and state by name.
-struct RuleNames {
+// A rule or policy as a backend names it, for matching hyperparameters and state by name.
+struct Names {
     std::string name;
     std::vector<std::string> hypers;
     std::vector<std::string> moments;
 };
 
-// One per rule header; also what Python checks its own statement of a rule against.
-const std::vector<RuleNames>& rule_names();
-
-// One value of a parameter group, and where in a Group it goes.
-struct Field {
-    enum Kind {
-        NUMBER,    // a float or int between low and high
-        PRESENCE,  // a NUMBER whose being zero or not decides what state there is
-        SWITCH     // anything else: another value needs another table
-    };
-    PyObject* key;    // borrowed from the fields tuple
-    Py_ssize_t item;  // index into a pair such as betas, or -1
-    int slot;         // index into Group::hyper, or one of the below
-    Kind kind;
-    double low, high;
-
-    enum Slot { ALPHA = 100, K, PULLBACK, WATCHED_ONLY };
-};
+// One for each rule and each policy; also what Python checks its own statements against.
+const std::vector<Names>& rule_names();
+const std::vector<Names>& policy_names();
 
 class TableBinding {
    public:
-    // See lookahead_fused/table.py, which is the only caller, for what the arguments hold.
-    TableBinding(py::handle tensor_type, TensorReader::Way fastest, const std::string& rule,
-                 const std::string& param_dtype, const std::string& grad_dtype, py::list rows, py::list groups,
-                 py::tuple fields, py::object conform, py::object read_group, int64_t chunk_elements);
+    // See lookahead_fused/_parts.py, which is the only caller, for what the arguments hold. entries: for each column
+    // the name of its entry in a parameter's state, None where it has none.
+    TableBinding(py::handle tensor_type, TensorReader::Way fastest, const std::string& rule, const std::string& policy,
+                 const std::string& param_dtype, const std::string& grad_dtype, py::tuple entries, py::tuple fields,
+                 py::object conform, py::object read_group, int64_t chunk_elements);
 
-    // Reads the step's gradients and hyperparameters. False: something else changed, and a new table must be made.
-    // Whatever Python finds wrong with a gradient or a hyperparameter is raised from here. With read_gradients false
-    // every row takes part, for a rule that reads none; with deep false the state tensors are taken to be where they
-    // were, and not looked at: five times as many as the parameters, they do not fit a cache.
-    bool refresh(bool read_gradients, bool deep);
+    int32_t add_group(py::dict group) { return groups_.add(reader_, device_, group); }
+    // The device of the first row is the table's, so it has to be known before a group is added.
+    void set_device(py::handle tensor);
+
+    // Throws where a tensor does not fit its column. copy: what the row has in place of an owner that is not dense, or
+    // None. present: of each column, whether this row has it. acts_on_moment: whether the policy's event does.
+    // version: what shares the owner's version counter, first in a tuple, or None.
+    void add_row(py::object owner, py::object copy, py::dict state, int32_t group, py::tuple present,
+                 bool moments_loaded, bool acts_on_moment, py::object version);
+
+    // Looks at everything that a pass reads or writes. False: something is not what its row was made of, and has to be
+    // looked at in Python. Whatever Python finds wrong with a gradient or a hyperparameter is raised from here. The
+    // owners must be alive: the Watch tells. In Pass::SYNC every row takes part, no gradient is read, and of moments
+    // only the one that the policy acts on is looked at.
+    bool refresh(py::dict state, Pass pass);
     // Lets go of the step's gradients.
     void release();
 
-    // What this step writes, or what shares its version counter: parameters, and with deep their state.
-    py::list updated(bool deep);
+    // The tensors whose versions this pass must bump: parameters, and of their state what somebody holds besides.
+    py::list updated();
+
+    // What the rows that take part in this pass write: the parameters, and their state.
+    std::pair<py::list, py::list> tensors() const;
 
     Table view() const;
-    bool reads_gradient() const { return reads_gradient_; }
+    Pass pass() const { return pass_; }
+    bool reads_gradient() const { return reads_gradient_ && pass_ == Pass::STEP; }
     TensorReader::Way way() const { return reader_.way(); }
     const std::string& rule() const { return rule_.name; }
     Dtype param_dtype() const { return param_dtype_; }
     Dtype grad_dtype() const { return grad_dtype_; }
     int device_type() const { return device_.device.type; }
     int device_id() const { return device_.device.id; }
+    // Rises whenever a row's state lies elsewhere than before: a copy of the rows on a device is then out of date.
+    int64_t moves() const { return moves_; }
 
     // For Python's garbage collector.
     int traverse(visitproc visit, void* argument) const;
@@ -72,48 +76,61 @@ class TableBinding {
    private:
     // What a step reads of every row comes first.
     struct Tensors {
-        PyObject* owner;     // the parameter itself, whose .grad is read
-        bool conform;        // its gradient always goes through Python
-        bool updated;        // it took part in the last step that was refreshed, and is in updated_
-        Description layout;  // of the parameter; shape and strides in layouts_
-        PyObject* column[COLUMNS];
-        PyObject* version;  // shares the owner's version counter
-    };
-    struct GroupSource {
-        PyObject* dict;
-        std::vector<py::object> values;  // as last read, one for each field
-        bool lr_each_step = false;       // a tensor that is not where the table is
-        PyObject* lr_tensor = nullptr;
+        PyObject* owner;         // borrowed: the parameter itself, whose .grad is read
+        Py_ssize_t place;        // of its entries in the state, as PyDict_Next counts
+        uint32_t present;        // which columns from STEP on the row has, a bit each
+        int32_t entry[COLUMNS];  // of each of these columns its place among the entries
+        bool conform;            // its gradient always goes through Python
+        bool own_gradient;       // its class gives `grad` a meaning of its own
+        bool acts_on_moment;     // an event changes its first moment
+        bool updated;            // it took part in the last pass, and is in updated_
+        Description layout;      // of the parameter; shape and strides in layouts_
+        PyObject* version;       // held in held_
+        PyObject* copy;          // held in held_, or null
+        PyObject*
+            tensor[COLUMNS];  // what the last pass that the row took part in found there; not to be followed later
     };
 
-    void add_row(py::tuple row);
-    void add_field(py::tuple field);
-    bool read(size_t group);
-    void read_in_python(size_t group);
-    void assign(Group& group, const Field& field, double value);
-    bool fits(const Description& tensor, int column, const Tensors& row) const;
+    bool refresh_row(size_t row, PyObject* state);
+    bool refresh_state(size_t row, PyObject* state);
     bool refresh_gradient(size_t row);
+    // The columns that this pass looks at, a bit each. What it leaves alone stays where a step last found it: captured
+    // graphs of steps read the same rows.
+    uint32_t in_pass(const Tensors& row) const {
+        constexpr uint32_t BEFORE_MOMENTS = (1u << MOMENT) - 1;
+        if (pass_ == Pass::STEP) return row.present;
+        return row.present & (row.acts_on_moment ? BEFORE_MOMENTS | 1u << MOMENT : BEFORE_MOMENTS);
+    }
+    bool find_place(Tensors& row, PyObject* state, PyObject** entries) const;
+    bool find_entry(Tensors& row, int column, PyObject* entries, PyObject** value) const;
+    PyObject* local(PyObject* tensor) const;
+    bool fits(const Description& tensor, int column, const Tensors& row) const;
+    bool find(PyObject* tensor, int column, size_t row, void** address);
 
     TensorReader reader_;
-    RuleNames rule_;
+    Names rule_;
+    int32_t policy_;  // its place in the list
     bool reads_gradient_;
     Dtype param_dtype_, grad_dtype_;
     dlpack::DataType column_dtype_[COLUMNS];
-    // Everything Python that is kept past a call, in one tuple, where the garbage collector can see it: a parameter's
-    // hook may hold the optimizer that holds this.
-    py::tuple held_;
-    PyObject* conform_;
-    PyObject* read_group_;
-    std::vector<Field> fields_;
+    // Of the tensors that were last described, by the type of their column.
+    TorchShim::Marks marks_[4];
+    py::tuple entries_;
+    py::object conform_;
+    int64_t chunk_elements_;
+    GroupReader groups_;
     Description device_;
+    bool on_host_ = false;
     std::vector<Tensors> tensors_;
-    std::vector<int64_t> layouts_;
-    std::vector<GroupSource> sources_;
+    std::vector<std::vector<int64_t>> layouts_;
     std::vector<Row> rows_;
-    std::vector<Group> groups_;
     std::vector<Chunk> chunks_;
+    py::list held_;                     // versions and copies, where the garbage collector can see them
     std::vector<PyObject*> gradients_;  // owned, during a step
-    py::object updated_;                // the list that updated() gave last; none where other rows took part since
+    std::vector<PyObject*> shared_;     // state of this pass that somebody holds besides the optimizer
+    py::object updated_;                // the list of parameters that took part; none where others did since
+    Pass pass_ = Pass::STEP;
+    int64_t moves_ = 0;
 };
 
 // Adds the class to a backend's module.

@@ -2,9 +2,11 @@
 // from csrc where things stand in it.
 #include <pybind11/stl.h>
 
+#include <cctype>
 #include <cstddef>
 
-#include "../rules/sync.h"
+#include "../rules/all.h"
+#include "../slow/all.h"
 #include "../table/packed.h"
 #include "collected.h"
 #include "table_binding.h"
@@ -12,33 +14,49 @@
 namespace lookahead_fused {
 namespace {
 
+std::string upper(std::string text) {
+    for (char& letter : text) letter = static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
+    return text;
+}
+
 // For a kernel that cannot read the headers: where things stand in the table, in bytes, and the kinds of pullback.
 py::dict layout() {
-    const auto column = [](int index) { return offsetof(Row, column) + index * sizeof(void*); };
     py::dict at;
     at["ROW"] = sizeof(Row);
-    at["ROW_PARAM"] = column(PARAM);
-    at["ROW_MASTER"] = column(MASTER);
-    at["ROW_SLOW"] = column(SLOW);
-    at["ROW_STEP"] = column(STEP);
-    at["ROW_SLOW_MOMENT"] = column(SLOW_MOMENT);
-    at["ROW_MOMENT"] = column(MOMENT);
+    for (int i = 0; i <= MOMENT; ++i) {
+        const std::string name = i < MOMENT ? COLUMN_FACTS[i].name : "moment";
+        at[py::str("ROW_" + upper(name))] = offsetof(Row, column) + i * sizeof(void*);
+    }
     at["ROW_GROUP"] = offsetof(Row, group);
     at["ROW_MOMENTS_LOADED"] = offsetof(Row, moments_loaded);
     at["GROUP"] = sizeof(Group);
-    at["GROUP_HYPER"] = offsetof(Group, hyper);
-    at["GROUP_ALPHA"] = offsetof(Group, alpha);
-    at["GROUP_K"] = offsetof(Group, k);
-    at["GROUP_PULLBACK"] = offsetof(Group, pullback);
-    at["GROUP_LR_IS_DOUBLE"] = offsetof(Group, lr_is_double);
+    at["GROUP_RULE"] = offsetof(Group, rule);
+    at["GROUP_POLICY"] = offsetof(Group, policy);
     at["GROUP_LR"] = offsetof(Group, lr);
+    at["GROUP_LR_IS_DOUBLE"] = offsetof(Group, lr_is_double);
     at["CHUNK"] = sizeof(Chunk);
     at["CHUNK_OFFSET"] = offsetof(Chunk, offset);
     at["CHUNK_ROW"] = offsetof(Chunk, row);
     at["CHUNK_COUNT"] = offsetof(Chunk, count);
-    at["PULLBACK_INTERPOLATE"] = static_cast<int>(PULLBACK_INTERPOLATE);
-    at["PULLBACK_RESET"] = static_cast<int>(PULLBACK_RESET);
+    at["PULLBACK_KEEP"] = static_cast<int>(Pullback::KEEP);
+    at["PULLBACK_INTERPOLATE"] = static_cast<int>(Pullback::INTERPOLATE);
+    at["CLASSICAL"] = static_cast<int>(OuterMomentum::CLASSICAL);
+    at["NESTEROV"] = static_cast<int>(OuterMomentum::NESTEROV);
+    at["EMA_UNIFORM"] = Ema::UNIFORM;
+    at["PULLBACK_RESET"] = static_cast<int>(Pullback::RESET);
     return at;
+}
+
+// The columns of a row in their order: what each is called in a parameter's state (None: a moment, which its rule
+// names), its type of elements, whether it is one number, whether every row has it.
+py::tuple columns() {
+    const char* const types[] = {"param", "grad", "compute", "float64"};
+    py::list all;
+    for (const ColumnFacts& facts : COLUMN_FACTS) {
+        const py::object name = facts.name == nullptr ? py::object(py::none()) : py::object(py::str(facts.name));
+        all.append(py::make_tuple(name, types[facts.type], facts.scalar, facts.required));
+    }
+    return py::tuple(all);
 }
 
 std::byte* bytes_at(uintptr_t address) { return reinterpret_cast<std::byte*>(address); }
@@ -48,12 +66,26 @@ std::byte* bytes_at(uintptr_t address) { return reinterpret_cast<std::byte*>(add
 void bind_table(py::module_& module) {
     module.def("rules", [] {
         py::dict rules;
-        for (const auto& rule : rule_names()) {
+        for (const Names& rule : rule_names()) {
             rules[py::str(rule.name)] =
                 py::make_tuple(py::tuple(py::cast(rule.hypers)), py::tuple(py::cast(rule.moments)));
         }
         return rules;
     });
+    module.def("policies", [] {
+        py::dict policies;
+        for (const Names& policy : policy_names()) {
+            policies[py::str(policy.name)] = py::tuple(py::cast(policy.hypers));
+        }
+        return policies;
+    });
+    module.def("columns", &columns);
+    module.attr("POLICY_SLOT") = static_cast<int>(Field::POLICY);
+    py::dict kinds;
+    kinds["NUMBER"] = static_cast<int>(Field::NUMBER);
+    kinds["PRESENCE"] = static_cast<int>(Field::PRESENCE);
+    kinds["SWITCH"] = static_cast<int>(Field::SWITCH);
+    module.attr("FIELD_KINDS") = kinds;
     module.def("layout", &layout);
     py::class_<Packed>(module, "Packed", py::module_local())
         .def_readonly("chunks", &Packed::chunks)
@@ -64,15 +96,29 @@ void bind_table(py::module_& module) {
         .value("SHIM", TensorReader::Way::SHIM)
         .value("EXCHANGE_API", TensorReader::Way::EXCHANGE_API)
         .value("ATTRIBUTES", TensorReader::Way::ATTRIBUTES);
+    // A number each and not a Python enum, which costs a short step more than all of its other arguments.
+    py::dict passes;
+    passes["STEP"] = static_cast<int>(Pass::STEP);
+    passes["SYNC"] = static_cast<int>(Pass::SYNC);
+    module.attr("PASSES") = passes;
     py::class_<TableBinding>(module, "Table", collected<TableBinding>(), py::module_local())
         .def(py::init<py::handle, TensorReader::Way, const std::string&, const std::string&, const std::string&,
-                      py::list, py::list, py::tuple, py::object, py::object, int64_t>(),
-             py::arg("tensor_type"), py::arg("fastest"), py::arg("rule"), py::arg("param_dtype"), py::arg("grad_dtype"),
-             py::arg("rows"), py::arg("groups"), py::arg("fields"), py::arg("conform"), py::arg("read_group"),
+                      const std::string&, py::tuple, py::tuple, py::object, py::object, int64_t>(),
+             py::arg("tensor_type"), py::arg("fastest"), py::arg("rule"), py::arg("policy"), py::arg("param_dtype"),
+             py::arg("grad_dtype"), py::arg("entries"), py::arg("fields"), py::arg("conform"), py::arg("read_group"),
              py::arg("chunk_elements"))
-        .def("refresh", &TableBinding::refresh, py::arg("read_gradients"), py::arg("deep"))
+        .def("set_device", &TableBinding::set_device, py::arg("tensor"))
+        .def("add_group", &TableBinding::add_group, py::arg("group"))
+        .def("add_row", &TableBinding::add_row, py::arg("owner"), py::arg("copy"), py::arg("state"), py::arg("group"),
+             py::arg("present"), py::arg("moments_loaded"), py::arg("acts_on_moment"), py::arg("version"))
+        .def(
+            "refresh",
+            [](TableBinding& table, py::dict state, int pass) { return table.refresh(state, static_cast<Pass>(pass)); },
+            py::arg("state"), py::arg("pass_"))
         .def("release", &TableBinding::release)
-        .def("updated", &TableBinding::updated, py::arg("deep"))
+        .def("updated", &TableBinding::updated)
+        .def("tensors", &TableBinding::tensors)
+        .def_property_readonly("moves", &TableBinding::moves)
         .def_property_readonly("way", &TableBinding::way)
         .def_property_readonly("row_count", [](const TableBinding& table) { return table.view().row_count; })
         .def_property_readonly("chunk_count", [](const TableBinding& table) { return table.view().chunk_count; })
@@ -83,7 +129,7 @@ void bind_table(py::module_& module) {
         .def(
             "pack_moving",
             [](const TableBinding& table, uintptr_t to) {
-                pack_moving(table.view(), table.reads_gradient(), bytes_at(to));
+                pack_moving(table.view(), table.pass(), table.reads_gradient(), bytes_at(to));
             },
             py::arg("to"));
 }

@@ -28,8 +28,6 @@ struct Adam {
         int32_t l2, decoupled, amsgrad;
     };
 
-    LF_HD static uint32_t moments(const double* hyper) { return hyper[AMSGRAD] != 0 ? 0b111u : 0b011u; }
-
     template <class T>
     LF_HD static Coefficients<T> prepare(const double* hyper, const StepInputs& at) {
         const double correction1 = 1.0 - power(hyper[BETA1], at.step);

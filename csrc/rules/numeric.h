@@ -1,4 +1,4 @@
-// What every rule is written with: two operations beyond + - * /, and the one interpolation.
+// What every rule is written with: three operations beyond + - * /, and the one interpolation.
 //
 // The same bits everywhere: each operation is IEEE-754 and rounded once, in the order the source states it. So no
 // fused multiply-add (contraction is off in every compiler that reads this), no approximate root or division, no
@@ -31,6 +31,10 @@ LF_HD double square_root(double x) { return sqrt(x); }
 // The larger of two; a NaN in `a` wins, as in torch.maximum.
 LF_HD float maximum(float a, float b) { return a <= b ? b : a; }
 LF_HD double maximum(double a, double b) { return a <= b ? b : a; }
+
+// 1, -1, or +0 for a zero of either sign; a NaN stays one, where torch.sign makes 0 of it.
+LF_HD float sign(float x) { return x > 0.0f ? 1.0f : x < 0.0f ? -1.0f : x + 0.0f; }
+LF_HD double sign(double x) { return x > 0.0 ? 1.0 : x < 0.0 ? -1.0 : x + 0.0; }
 
 // beta^n by squaring, in fp64 multiplications alone: a library's pow differs between machines.
 LF_HD double power(double beta, int64_t n) {

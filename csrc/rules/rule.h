@@ -4,9 +4,8 @@
 //   name
 //   reads_gradient          false where the inner step is done elsewhere
 //   Hyper, hyper_names      its hyperparameters, in the order in which Python writes them into a Group
-//   Moment, moment_names    its state, in the order of a Row's moment columns; number 0 is the first moment, the one
-//                           that pullback and reset act on
-//   moments(hyper)          bit i set: moment i is in use under these hyperparameters
+//   Moment, moment_names    its state, in the order of a Row's moment columns, null where a row has none; number 0 is
+//                           the first moment, the one that a policy acts on
 //   Coefficients<T>         what one element's update needs, rounded to the compute type
 //   prepare<T>(hyper, at)   the fp64 part of a step, done once for a parameter
 //   update(c, p, g, moment) the step of one element, all values in registers

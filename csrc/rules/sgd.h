@@ -25,8 +25,6 @@ struct Sgd {
         int32_t decays, accelerated, nesterov, first;
     };
 
-    LF_HD static uint32_t moments(const double* hyper) { return hyper[MOMENTUM] != 0 ? 0b1u : 0b0u; }
-
     template <class T>
     LF_HD static Coefficients<T> prepare(const double* hyper, const StepInputs& at) {
         Coefficients<T> c;

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstring>
 
+#include "prologue.h"
 #include "table.h"
 
 namespace lookahead_fused {
@@ -39,15 +40,16 @@ inline void pack_fixed(const Table& table, std::byte* to) {
     }
 }
 
-inline void pack_moving(const Table& table, bool reads_gradient, std::byte* to) {
+// reads_gradient is the rule's that makes the pass.
+inline void pack_moving(const Table& table, Pass pass, bool reads_gradient, std::byte* to) {
     // No address: where no element of a gradient is read, it says no more than that the row takes part.
-    static const char takes_part = 0;
+    static const char marker = 0;
     if (table.group_count > 0) std::memcpy(to, table.groups, table.group_count * sizeof(Group));
     auto* gradients = reinterpret_cast<const void**>(to + Packed(table).gradients);
     for (int64_t i = 0; i < table.row_count; ++i) {
-        const void* gradient = table.rows[i].column[GRAD];
-        const bool read = table.rows[i].numel > 0 && reads_gradient;
-        gradients[i] = gradient == nullptr || read ? gradient : &takes_part;
+        const Row& row = table.rows[i];
+        const bool read = row.numel > 0 && reads_gradient;
+        gradients[i] = !takes_part(row, pass) ? nullptr : read ? row.column[GRAD] : &marker;
     }
 }
 

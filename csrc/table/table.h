@@ -1,24 +1,63 @@
 // What one launch reads: plain data, one layout for every backend, no mathematics.
 //
 // A row is one parameter tensor and everything that belongs to it, a group is one torch parameter group, a chunk is a
-// piece of a row. All rows of a table share a rule, a device and one pattern of dtypes.
+// piece of a row. All rows of a table share a rule, a policy, a device and one pattern of dtypes.
 #pragma once
 
 #include <cstdint>
 
+#include "dtypes.h"
+
 namespace lookahead_fused {
 
-enum Column {
-    PARAM,        // theta, in the parameter's dtype
-    GRAD,         // null where the parameter has no gradient in this step: the row is then left alone. A rule that
-                  // reads no gradient looks no further
-    MASTER,       // theta in the compute type, or null: then PARAM is read
-    SLOW,         // phi, in the compute type
-    STEP,         // one fp64: updates applied so far
-    SLOW_MOMENT,  // the first moment as the last sync left it, or null without pullback
-    MOMENT,       // the rule's moments, in the compute type, from here on; null where not in use
+// A row's tensors. Where a column is null the row has no such tensor, and its walk neither reads nor writes one.
+enum Column : int {
+    PARAM,           // theta
+    GRAD,            // null where the parameter has no gradient in this step: the row then takes no part in it
+    STEP,            // updates applied so far
+    AVERAGE_START,   // how many there were when the slow weights were made
+    MASTER,          // theta in the compute type: then PARAM is written and not read
+    STATE = MASTER,  // from here on the columns are of the compute type, and as many elements as the parameter has
+    SLOW,            // phi
+    CACHED_MOMENT,   // the first moment as the last sync left it, for pullback
+    OUTER_MOMENTUM,  // of phi itself
+    MOMENT,          // the rule's moments, in the order of its moment_names
     COLUMNS = MOMENT + 3
 };
+
+// Columns as data: whoever makes, checks or packs a row loops over these.
+struct ColumnFacts {
+    enum Type { PARAM_TYPE, GRAD_TYPE, COMPUTE_TYPE, FP64 };
+    enum Access { READ, WRITTEN };  // by a step; WRITTEN ones are read too
+
+    const char* name;  // what Python calls it; null: a moment, which its rule names
+    Type type;
+    Access access;
+    bool scalar;    // one number for the row; else as many as the parameter has, laid out like it
+    bool required;  // in every row, in every step that the row takes part in
+};
+
+constexpr ColumnFacts COLUMN_FACTS[COLUMNS] = {
+    {"param", ColumnFacts::PARAM_TYPE, ColumnFacts::WRITTEN, false, true},
+    {"grad", ColumnFacts::GRAD_TYPE, ColumnFacts::READ, false, false},
+    {"step", ColumnFacts::FP64, ColumnFacts::WRITTEN, true, true},
+    {"average_start", ColumnFacts::FP64, ColumnFacts::READ, true, false},
+    {"master_param", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
+    {"slow_param", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, true},
+    {"cached_momentum", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
+    {"outer_momentum_buffer", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
+    {nullptr, ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
+    {nullptr, ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
+    {nullptr, ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
+};
+
+constexpr bool state_is_of_the_compute_type() {
+    for (int i = STATE; i < COLUMNS; ++i) {
+        if (COLUMN_FACTS[i].type != ColumnFacts::COMPUTE_TYPE || COLUMN_FACTS[i].scalar) return false;
+    }
+    return true;
+}
+static_assert(state_is_of_the_compute_type(), "walks hold the columns from STATE on in one array");
 
 struct Row {
     void* column[COLUMNS];
@@ -27,16 +66,14 @@ struct Row {
     int32_t moments_loaded;  // the moments came without a step (torch's SGD saves none), and count all the same
 };
 
-// No rule so far has more than eight; the binding checks.
-constexpr int MAX_HYPERS = 10;
+// The binding checks that no rule and no policy has more.
+constexpr int MAX_RULE_HYPERS = 10, MAX_POLICY_HYPERS = 6;
 
 struct Group {
-    double hyper[MAX_HYPERS];  // in the order of the rule's hyper_names
-    double alpha;
-    int64_t k;
-    int32_t pullback;  // rules/sync.h: Pullback
+    double rule[MAX_RULE_HYPERS];      // in the order of the rule's hyper_names
+    double policy[MAX_POLICY_HYPERS];  // in the order of the policy's
+    const void* lr;                    // null, or a learning rate that is a tensor; rule[0] is then not read
     int32_t lr_is_double;
-    const void* lr;  // null, or the address of a learning rate that is a tensor; hyper[0] is then not read
 };
 
 // Offsets are 64-bit: a tensor may have more than 2^31 elements.
@@ -47,6 +84,7 @@ struct Chunk {
 };
 
 struct Table {
+    int32_t policy;  // its place in the list of policies
     const Row* rows;
     int64_t row_count;
     const Group* groups;
@@ -55,12 +93,17 @@ struct Table {
     int64_t chunk_count;
 };
 
+// What a pass over a table does.
+enum class Pass : int32_t {
+    STEP,  // the rule's update of every row with a gradient, and what its policy does after it
+    SYNC,  // the policy's event alone, now, on every row; no counter advances. The rule is External
+};
+
 // Values that may differ in every step, without the table being touched.
 struct StepArguments {
     const float* grad_scale;  // null, or what the gradients were multiplied by
     const float* found_inf;   // null, or non-zero: nothing at all may change
+    Pass pass;
 };
-
-enum class Dtype : int32_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
 }  // namespace lookahead_fused

@@ -1,20 +1,24 @@
 """Which backends there are, which of them serve here, and which one a parameter gets.
 
+``lookahead_fused.backends()`` is the function `backends` of this package, and ``lookahead_fused.backends`` the package.
+
 A backend is a module with
     NAME, DEVICES           what it is called, and the device types it serves (None: any)
     unavailable(device) -> str   why it does not serve on this machine, or on one device of it; "" where it does
-    step(part, grad_scale, found_inf)   advances one part of a table by a step
-    NATIVE                  a compiled table (see table.py) speeds it up; the module's `native()` gives its maker
+    part(spec) -> Part      a part of an optimizer's parameters, for this backend to step
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
+from .._hyperparameters import Argument, Kind
 from . import cpu, cuda, reference, triton
 
 # In the order in which "auto" prefers them.
@@ -40,10 +44,37 @@ def backends() -> dict[str, BackendStatus]:
     return {name: BackendStatus(not reason, reason) for name, reason in reasons.items()}
 
 
-def check_name(name: object, argument: str = "backend") -> None:
-    if name != "auto" and name not in BACKENDS:
-        known = ", ".join(map(repr, ("auto", *BACKENDS)))
-        raise ValueError(f"{argument} must be one of {known}, got {name!r}")
+class _CallablePackage(ModuleType):
+    """The function and the package have one name; under it there is only room for one object."""
+
+    def __call__(self) -> dict[str, BackendStatus]:
+        return backends()
+
+    __call__.__doc__ = backends.__doc__
+
+
+sys.modules[__name__].__class__ = _CallablePackage
+
+
+@dataclass(frozen=True)
+class _Name(Kind):
+    """ "auto", or one of the backends that there are when it is asked."""
+
+    expected: str = "'auto' or a backend's name"
+    is_switch: bool = True
+
+    def check_step(self, name: str, value: Any) -> None:
+        if not isinstance(value, str) or (value != "auto" and value not in BACKENDS):
+            known = ", ".join(map(repr, ("auto", *BACKENDS)))
+            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+
+    def encode(self, value: Any) -> tuple[float, ...]:
+        return (0.0,)
+
+
+def backend_argument(key: str) -> Argument:
+    """The entry of a parameter group that names a backend."""
+    return Argument(key, _Name(), name="backend")
 
 
 def choose(name: str, device: torch.device, argument: str = "backend") -> ModuleType:
@@ -53,7 +84,7 @@ def choose(name: str, device: torch.device, argument: str = "backend") -> Module
         ValueError: no backend is called `name`.
         RuntimeError: the named backend cannot serve this device here; the message says why.
     """
-    check_name(name, argument)
+    _Name().check(argument, name)
     if name != "auto":
         module = BACKENDS[name]
         reason = _refusal(module, device)

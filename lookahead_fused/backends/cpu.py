@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import TYPE_CHECKING
-
 import torch
+from torch import Tensor
 
-from .. import build
-
-if TYPE_CHECKING:
-    from ..table import Part
+from .. import _build as build
+from .._parts import CompiledPart, Part, Spec
 
 NAME = "cpu"
 DEVICES = ("cpu",)
-
-# None: the best that this machine has. Set by tests, which compare them.
-instruction_set: str | None = None
-# False: torch's threads where they serve. Set by tests, which compare both.
-own_threads = False
-
-
-def native() -> ModuleType | None:
-    """The compiled module that keeps this backend's tables, or None."""
-    return build.module("_cpu")
 
 
 def unavailable(device: torch.device | None = None) -> str:
     return build.reason("_cpu")
 
 
-def step(part: Part, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
-    """Advances the part's parameters by one step, on as many threads as torch uses."""
+def part(spec: Spec) -> Part:
     module = build.module("_cpu")
     assert module is not None
-    if found_inf is not None and found_inf.item() != 0:
-        return
-    if part.stepper is None:
-        part.stepper = module.Stepper(part.native, instruction_set or module.instruction_sets()[-1])
-    scale = None if grad_scale is None else float(grad_scale)
-    part.stepper.step(part.native, scale, torch.get_num_threads(), own_threads)
+    return CompiledPart(spec, module, Stepper)
+
+
+class Stepper:
+    """A table's kernels and the room that they work in."""
+
+    in_one_call = True
+
+    def __init__(self, part: CompiledPart) -> None:
+        tuning = part.spec.tuning
+        self.own_threads = tuning.own_threads
+        instruction_set = tuning.instruction_set or part.module.instruction_sets()[-1]
+        self.native = part.module.Stepper(part.table, instruction_set)
+
+    def run(self, part: CompiledPart, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """One pass over the part's table, on as many threads as torch uses."""
+        if found_inf is not None and found_inf.item() != 0:
+            return
+        scale = None if grad_scale is None else float(grad_scale)
+        self.native.run(part.table, scale, torch.get_num_threads(), self.own_threads)

@@ -8,15 +8,14 @@ from __future__ import annotations
 import functools
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import build
-
-if TYPE_CHECKING:
-    from ..table import Part
+from .. import _build as build
+from .._parts import CompiledPart, Part, Spec
+from .gpu import UsedOn, moved_while_capturing, no_table_to_capture
 
 NAME = "cuda"
 DEVICES: tuple[str, ...] = ("cuda",)
@@ -36,74 +35,70 @@ def unavailable(device: torch.device | None = None) -> str:
         return reason
     if device is not None:
         return _not_covered(module, _index(device)) or _refusal(module, _index(device))
-    # Who only asks gets no context on every device: the driver itself is asked where there is a parameter.
+    # A query must not create a context on every device: the driver itself is asked where there is a parameter.
     reasons = [_not_covered(module, index) for index in range(torch.cuda.device_count())]
     return "" if "" in reasons else "; ".join(reasons)
 
 
-def step(part: Part, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """Advances the part's parameters by one step, on the device's current stream, without waiting for it.
-
-    Raises:
-        RuntimeError: A CUDA call failed; the message names it, or the kernel and its launch configuration. Or the
-            step is captured, and the one before it failed in making the table.
-    """
-    with _current(part.device):
-        if part.stepper is None:
-            if _is_capturing(part.device):
-                raise RuntimeError(no_table_to_capture(part.device))
-            part.stepper = Stepper(part)
-        part.stepper.step(part, grad_scale, found_inf)
+def part(spec: Spec) -> Part:
+    module = native()
+    assert module is not None
+    return CompiledPart(spec, module, Stepper)
 
 
 class Stepper:
-    """A part's table on its device: the compiled stepper, and the memory it works in."""
+    """A part's table on its device: the compiled stepper, and the memory it works in.
 
-    def __init__(self, part: Part) -> None:
-        module = native()
-        assert module is not None
-        self.module = module
-        stream = _stream(part.device)
-        fixed_bytes, self.moving_bytes = module.Stepper.sizes(part.native)
-        self.fixed = torch.empty(fixed_bytes, dtype=torch.uint8, device=part.device)
-        self.moving = torch.empty(self.moving_bytes, dtype=torch.uint8, device=part.device)
-        pinned = _pinned(module.ring * self.moving_bytes)
-        self.native = module.Stepper(
-            part.native,
-            device=_index(part.device),
-            fixed=self.fixed.data_ptr(),
-            moving=self.moving.data_ptr(),
-            pinned=pinned.data_ptr(),
-            stream=stream,
-            owners=(self.fixed, self.moving, pinned),
-        )
-        self.used_on = {stream}
+    Raises:
+        RuntimeError: A CUDA call failed; the message names it, or the kernel and its launch configuration. Or the
+            pass is captured, and there is no table on the device yet.
+    """
 
-    def step(self, part: Part, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        stream = _stream(part.device)
-        if stream not in self.used_on:
-            # Freed, the memory must not be given away while this stream still reads it. Told once, the allocator
-            # remembers the stream as long as the memory is ours.
-            _used_on_current_stream(self.fixed)
-            _used_on_current_stream(self.moving)
-            self.used_on.add(stream)
-        arguments = (part.native, _address(grad_scale), _address(found_inf), stream)
-        if not _is_capturing(part.device):
-            self.native.step(*arguments)
-            return
-        # From the capture's own memory pool: it is the graph's, as any tensor that is made in a capture. The graph
-        # copies from pinned memory in every replay and reads this table, so it keeps both.
-        moving = torch.empty(self.moving_bytes, dtype=torch.uint8, device=part.device)
-        pinned = self.module.allowed_to_wait(partial(_pinned, self.moving_bytes))
-        owners = (part.native, self, pinned)
-        self.native.capture(*arguments, moving=moving.data_ptr(), pinned=pinned.data_ptr(), owners=owners)
+    in_one_call = True
 
+    def __init__(self, part: CompiledPart) -> None:
+        self.module, self.device = part.module, part.spec.device
+        with _current(self.device):
+            if _is_capturing(self.device):
+                raise RuntimeError(no_table_to_capture(self.device))
+            stream = _stream(self.device)
+            fixed_bytes, self.moving_bytes = self.module.Stepper.sizes(part.table)
+            self.fixed = torch.empty(fixed_bytes, dtype=torch.uint8, device=self.device)
+            self.moving = torch.empty(self.moving_bytes, dtype=torch.uint8, device=self.device)
+            pinned = _pinned(self.module.ring * self.moving_bytes)
+            self.native = self.module.Stepper(
+                part.table,
+                device=_index(self.device),
+                fixed=self.fixed.data_ptr(),
+                moving=self.moving.data_ptr(),
+                pinned=pinned.data_ptr(),
+                stream=stream,
+                owners=(self.fixed, self.moving, pinned),
+            )
+        self.moves = part.table.moves
+        self.used_on = UsedOn(stream)
 
-def no_table_to_capture(device: torch.device) -> str:
-    return (
-        "this step cannot be captured in a CUDA graph: the step before it failed, and its table is not on "
-        f"{device}; run a step before the capture"
-    )
+    def run(self, part: CompiledPart, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """One pass over the part's table, on the device's current stream, without waiting for it."""
+        with _current(self.device):
+            stream = _stream(self.device)
+            self.used_on.add(stream, (self.fixed, self.moving), _used_on_current_stream)
+            capturing = _is_capturing(self.device)
+            if part.table.moves != self.moves:
+                if capturing:
+                    raise RuntimeError(moved_while_capturing(self.device))
+                self.native.update_fixed(part.table, stream)
+                self.moves = part.table.moves
+            arguments = (part.table, _address(grad_scale), _address(found_inf), stream)
+            if not capturing:
+                self.native.step(*arguments)
+                return
+            # From the capture's own memory pool: it is the graph's, as any tensor that is made in a capture. The graph
+            # copies from pinned memory in every replay, reads this table and writes these tensors, so it keeps all.
+            moving = torch.empty(self.moving_bytes, dtype=torch.uint8, device=self.device)
+            pinned = self.module.allowed_to_wait(partial(_pinned, self.moving_bytes))
+            owners = (part.table, self, pinned, part.tensors())
+            self.native.capture(*arguments, moving=moving.data_ptr(), pinned=pinned.data_ptr(), owners=owners)
 
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:
@@ -184,7 +179,7 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def _pinned(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 def _used_on_current_stream(tensor: Tensor) -> None:

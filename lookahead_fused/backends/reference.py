@@ -8,100 +8,151 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..rows import Row
-    from ..table import Part
+from .._hyperparameters import Argument
+from .._parts import Part, PlainPart, Spec
+from .._policies import UNIFORM, Ema, Lookahead
+from .._rows import Row
 
 NAME = "reference"
 DEVICES = None
-
-
-def native() -> ModuleType | None:
-    return None
 
 
 def unavailable(device: torch.device | None = None) -> str:
     return ""
 
 
-def step(part: Part, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """Advances the part's parameters by one step, one parameter after the other.
+def part(spec: Spec) -> Part:
+    return PlainPart(spec, step, sync)
+
+
+def step(row: Row, spec: Spec, grad_scale: float) -> None:
+    """Advances one parameter by a step.
 
     The step counter and the sync decision are read by the host, so that this backend alone cannot be captured in a
     CUDA graph.
     """
-    if part.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if row.param.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "backend 'reference' cannot be captured in a CUDA graph: it reads the step counter on the host; "
             "lookahead_fused.backends() tells which backends serve here"
         )
-    if found_inf is not None and found_inf.item() != 0:
-        return
-    scale = 1.0 if grad_scale is None else float(grad_scale)
-    for row in part.rows:
-        if row.gradient is not None:
-            _step_row(row, part, scale)
-
-
-def _step_row(row: Row, part: Part, grad_scale: float) -> None:
-    group, settings = part.groups[row.group], part.settings
-    hyper = {f.slot: f.value(group) for f in part.rule.fields}
-    first = not row.moments_loaded and row.step.item() == 0
-    row.step.add_(1)
-    steps = int(row.step.item())
-
-    p = row.param if row.master is None else row.master
-    p = p.to(row.compute_dtype, copy=True)
+    applied = row.step.item()
+    steps = int(applied) + 1
+    p = _weights(row)
+    start = p
     moments = dict(row.moments)
-    if part.rule.reads_gradient:
+    if spec.rule.reads_gradient:
         assert row.gradient is not None
-        if steps == 1:
-            row.slow.copy_(p)
+        hyper = {
+            slot: value
+            for argument in spec.rule.arguments
+            for slot, value in zip(argument.slots, _values(argument, row.group), strict=True)
+        }
+        first = not row.moments_loaded and applied == 0
         g = row.gradient.to(row.compute_dtype)
-        p = RULES[part.rule.name](hyper, steps, first, grad_scale, p, g, moments)
-    if steps % group[settings.k] == 0:
-        p = _sync(row, group[settings.alpha], group[settings.pullback_momentum], p, moments)
-    _write(row, p, moments)
+        p = RULES[spec.rule.name](hyper, steps, first, grad_scale, p, g, moments)
+    slow = start if spec.rule.reads_gradient and steps == 1 else row.slow
+    after = POLICIES[spec.policy.name](row, spec, steps, p, slow, moments)
+    _write(row, after, moments)
+    row.step.add_(1)
 
 
-def sync(row: Row, alpha: float, pullback_momentum: str) -> None:
-    """Interpolates one parameter now: phi <- phi + alpha (theta - phi), theta <- phi."""
+def sync(row: Row, spec: Spec) -> None:
+    """The policy's event of one parameter, now."""
+    if row.step.item() == 0:
+        return
     moments = dict(row.moments)
-    p = row.param if row.master is None else row.master
-    p = _sync(row, alpha, pullback_momentum, p.to(row.compute_dtype), moments)
-    _write(row, p, moments)
+    after = POLICIES[spec.policy.name](row, spec, None, _weights(row), row.slow, moments)
+    _write(row, after, moments)
 
 
-def _sync(row: Row, alpha: float, pullback_momentum: str, p: Tensor, moments: dict[str, Tensor]) -> Tensor:
-    row.slow.copy_(_lerp(row.slow, p, alpha))
-    first = next(iter(moments), None)
-    if first is not None and pullback_momentum == "pullback":
-        assert row.slow_moment is not None
+# The weights, the slow weights, the cached first moment and the outer momentum.
+After = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def _lookahead(row: Row, spec: Spec, steps: int | None, p: Tensor, slow: Tensor, moments: dict[str, Tensor]) -> After:
+    """What a sync makes of these after so many steps, or now; see `csrc/slow/lookahead.h`."""
+    policy = cast(Lookahead, spec.policy)
+    alpha, pullback = row.group[policy.alpha], row.group[policy.pullback_momentum]
+    outer, cached = row.outer_momentum, row.cached_moment
+    if steps is not None and steps % row.group[policy.k] != 0:
+        return p, slow, cached, outer
+    if policy.has_outer_momentum(row.group):
+        assert outer is not None
+        momentum, difference = float(row.group[policy.outer_momentum]), slow - p
+        outer = outer * momentum + difference
+        nesterov = row.group.get(policy.outer_nesterov, True)
+        slow = slow - (difference + outer * momentum if nesterov else outer) * float(alpha)
+    else:
+        slow = _lerp(slow, p, alpha)
+    first = spec.rule.moments[0]
+    if first in moments and pullback == "pullback":
+        assert cached is not None
         dtype = row.compute_dtype
-        moments[first] = _lerp(row.slow_moment.to(dtype), moments[first].to(dtype), alpha)
-        row.slow_moment.copy_(moments[first])
-    if first is not None and pullback_momentum == "reset":
+        cached = moments[first] = _lerp(cached.to(dtype), moments[first].to(dtype), min(alpha, 1.0))
+    if first in moments and pullback == "reset":
         moments[first] = torch.zeros_like(moments[first])
-    return row.slow
+    return slow, slow, cached, outer
 
 
-def _write(row: Row, p: Tensor, moments: Mapping[str, Tensor]) -> None:
+def _ema(row: Row, spec: Spec, steps: int | None, p: Tensor, slow: Tensor, moments: dict[str, Tensor]) -> After:
+    """The average after so many steps; see `csrc/slow/ema.h`."""
+    policy = cast(Ema, spec.policy)
+    assert row.average_start is not None
+    assert steps is not None
+    decay, every = row.group[policy.decay], row.group[policy.every]
+    since = steps - max(int(row.average_start.item()), row.group[policy.start])
+    if since >= 0 and since % every == 0:
+        n = since // every
+        if decay == UNIFORM:
+            weight = 1.0 / (n + 1)
+        else:
+            weight = 1.0 - min(float(decay), (1 + n) / (10 + n) if row.group[policy.warmup] else 1.0)
+        slow = _lerp(slow, p, weight if n > 0 else 1.0)
+    return p, slow, None, None
+
+
+def _weights(row: Row) -> Tensor:
+    return (row.param if row.master is None else row.master).to(row.compute_dtype, copy=True)
+
+
+def _write(row: Row, after: After, moments: Mapping[str, Tensor]) -> None:
+    """All has been computed; nothing was changed before."""
+    p, slow, cached, outer = after
+    if slow is not row.slow:
+        row.slow.copy_(slow)
     if row.master is not None:
         row.master.copy_(p)
     row.param.copy_(p)
+    if cached is not None and cached is not row.cached_moment:
+        assert row.cached_moment is not None
+        row.cached_moment.copy_(cached)
+    if outer is not None and outer is not row.outer_momentum:
+        assert row.outer_momentum is not None
+        row.outer_momentum.copy_(outer)
     for name, moment in moments.items():
-        row.moments[name].copy_(moment)
+        if moment is not row.moments[name]:
+            row.moments[name].copy_(moment)
+
+
+def _values(argument: Argument, group: Mapping[str, Any]) -> tuple[Any, ...]:
+    value = argument.value(group)
+    return tuple(value) if len(argument.slots) > 1 else (value,)
 
 
 def _lerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     """a + weight * (b - a), exactly a at weight 0 and exactly b at weight 1; see `csrc/rules/numeric.h`."""
     return a + (b - a) * weight if weight < 0.5 else b + (b - a) * -(1.0 - weight)
+
+
+def _sign(x: Tensor) -> Tensor:
+    """torch's makes 0 of a NaN, and would hide it."""
+    return torch.where(x.isnan(), x, x.sign())
 
 
 def _square_root(x: Tensor) -> Tensor:
@@ -114,9 +165,19 @@ def _square_root(x: Tensor) -> Tensor:
         return x.sqrt()
     if x.dtype == torch.float32:
         return x.double().sqrt().float()
-    values: list[float] = x.flatten().tolist()
-    roots = [math.sqrt(value) if value >= 0 else math.nan for value in values]
-    return torch.tensor(roots, dtype=x.dtype).view(x.shape)
+    roots = [_root(value) for value in x.flatten().tolist()]
+    return torch.tensor(roots, dtype=x.dtype, device="cpu").view(x.shape)
+
+
+# A beta of 1, or beyond, makes corrections that Python raises for, where every other backend goes on by IEEE-754.
+
+
+def _root(x: float) -> float:
+    return math.sqrt(x) if x >= 0 else math.nan
+
+
+def _quotient(a: float, b: float) -> float:
+    return a / b if b != 0 else a * math.copysign(math.inf, b)
 
 
 def _power(beta: float, n: int) -> float:
@@ -131,7 +192,8 @@ def _power(beta: float, n: int) -> float:
 
 
 def _gradient_factor(hyper: Mapping[str, Any], grad_scale: float) -> float:
-    return -(1.0 / grad_scale) if hyper["maximize"] else 1.0 / grad_scale
+    factor = _quotient(1.0, grad_scale)
+    return -factor if hyper["maximize"] else factor
 
 
 def _adam(
@@ -156,8 +218,8 @@ def _adam(
     moments["exp_avg"], moments["exp_avg_sq"] = m, v
     if hyper["amsgrad"]:
         v = moments["max_exp_avg_sq"] = torch.maximum(v, moments["max_exp_avg_sq"])
-    step_size = lr / (1.0 - _power(beta1, steps))
-    inverse_sqrt_correction2 = 1.0 / math.sqrt(1.0 - _power(beta2, steps))
+    step_size = _quotient(lr, 1.0 - _power(beta1, steps))
+    inverse_sqrt_correction2 = _quotient(1.0, _root(1.0 - _power(beta2, steps)))
     denominator = _square_root(v) * inverse_sqrt_correction2 + float(hyper["eps"])
     return p - (m * step_size) / denominator
 
@@ -183,4 +245,78 @@ def _sgd(
     return p - g * lr
 
 
-RULES = {"adam": _adam, "sgd": _sgd}
+def _rmsprop(
+    hyper: Mapping[str, Any],
+    steps: int,
+    first: bool,
+    grad_scale: float,
+    p: Tensor,
+    g: Tensor,
+    moments: dict[str, Tensor],
+) -> Tensor:
+    """RMSprop (Tieleman and Hinton 2012), centered (Graves 2013) and with momentum, as torch.optim.RMSprop has them."""
+    lr, alpha, momentum = float(hyper["lr"]), hyper["alpha"], float(hyper["momentum"])
+    g = g * _gradient_factor(hyper, grad_scale)
+    if hyper["weight_decay"] != 0:
+        g = g + p * hyper["weight_decay"]
+    moments["square_avg"] = second = moments["square_avg"] * alpha + (g * g) * (1.0 - alpha)
+    if hyper["centered"]:
+        mean = moments["grad_avg"] = _lerp(moments["grad_avg"], g, 1.0 - alpha)
+        second = second - mean * mean
+    denominator = _square_root(second) + float(hyper["eps"])
+    if momentum > 0:
+        buffer = moments["momentum_buffer"] = moments["momentum_buffer"] * momentum + g / denominator
+        return p - buffer * lr
+    return p - (g * lr) / denominator
+
+
+def _radam(
+    hyper: Mapping[str, Any],
+    steps: int,
+    first: bool,
+    grad_scale: float,
+    p: Tensor,
+    g: Tensor,
+    moments: dict[str, Tensor],
+) -> Tensor:
+    """RAdam (Liu et al. 2020, algorithm 2) with either weight decay, as torch.optim.RAdam defines it."""
+    beta1, beta2 = hyper["beta1"], hyper["beta2"]
+    lr, weight_decay = float(hyper["lr"]), hyper["weight_decay"]
+    g = g * _gradient_factor(hyper, grad_scale)
+    if weight_decay != 0 and hyper["decoupled_weight_decay"]:
+        p = p * (1.0 - lr * weight_decay)
+    elif weight_decay != 0:
+        g = g + p * weight_decay
+    m = moments["exp_avg"] = _lerp(moments["exp_avg"], g, 1.0 - beta1)
+    v = moments["exp_avg_sq"] = moments["exp_avg_sq"] * beta2 + (g * g) * (1.0 - beta2)
+    power2 = _power(beta2, steps)
+    rho_inf = _quotient(2.0, 1.0 - beta2) - 1.0
+    rho = rho_inf - _quotient(2.0 * steps * power2, 1.0 - power2)
+    step_size = _quotient(lr, 1.0 - _power(beta1, steps))
+    if not rho > 5.0:
+        return p - m * step_size
+    rectification = (rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho)
+    step_size = step_size * _root(rectification * (1.0 - power2))
+    return p - (m * step_size) / (_square_root(v) + float(hyper["eps"]))
+
+
+def _lion(
+    hyper: Mapping[str, Any],
+    steps: int,
+    first: bool,
+    grad_scale: float,
+    p: Tensor,
+    g: Tensor,
+    moments: dict[str, Tensor],
+) -> Tensor:
+    """Lion (Chen et al. 2023, algorithm 2)."""
+    lr, beta1, beta2 = float(hyper["lr"]), hyper["beta1"], hyper["beta2"]
+    g = g * _gradient_factor(hyper, grad_scale)
+    m = moments["exp_avg"]
+    p = p * (1.0 - lr * hyper["weight_decay"]) - _sign(m * beta1 + g * (1.0 - beta1)) * lr
+    moments["exp_avg"] = m * beta2 + g * (1.0 - beta2)
+    return p
+
+
+POLICIES: dict[str, Any] = {"lookahead": _lookahead, "ema": _ema}
+RULES = {"adam": _adam, "sgd": _sgd, "rmsprop": _rmsprop, "radam": _radam, "lion": _lion}

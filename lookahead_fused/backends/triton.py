@@ -12,18 +12,16 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .. import build
-from ..tensors import compute_dtype
-from .cuda import no_table_to_capture
-
-if TYPE_CHECKING:
-    from ..table import Part
+from .. import _build as build
+from .._parts import CompiledPart, Part, Pass, Spec
+from .._tensors import compute_dtype, count_device
+from .gpu import UsedOn, moved_while_capturing, no_table_to_capture
 
 NAME = "triton"
 # CUDA is AMD's ROCm too. For the last two there are drivers outside of Triton's own releases.
@@ -50,7 +48,10 @@ def unavailable(device: torch.device | None = None) -> str:
     if present is None or present.type not in (DEVICES if device is None else (device.type,)):
         wanted = " or ".join(DEVICES) if device is None else device.type
         return f"no device of type {wanted} is visible to this torch ({torch.__version__})"
-    return _broken(present.type)
+    reason = _broken(present.type)
+    if not reason and count_device(present).type == "cpu":
+        return f"its kernels count updates in fp64, and devices of type {present.type} have no fp64"
+    return reason
 
 
 def version() -> str:
@@ -61,80 +62,95 @@ def version() -> str:
         return _told(error)
 
 
-def step(part: Part, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """Advances the part's parameters by one step, on the device's current stream, without waiting for it.
-
-    Raises:
-        RuntimeError: The step is captured, and the one before it failed in making the table or in compiling.
-    """
-    with _current(part.device):
-        stepper = part.stepper
-        if stepper is None:
-            if _is_capturing(part.device):
-                raise RuntimeError(no_table_to_capture(part.device))
-            stepper = Stepper(part)
-        stepper.step(part, grad_scale, found_inf)
-        # Not before: what compiles both kernels is a step.
-        part.stepper = stepper
+def part(spec: Spec) -> Part:
+    module = native()
+    assert module is not None
+    return CompiledPart(spec, module, Stepper)
 
 
 class Stepper:
-    """A part's table on its device, and the room for its rows' coefficients."""
+    """A part's table on its device, and the room for its rows' coefficients.
 
-    def __init__(self, part: Part) -> None:
-        self.kernels = kernels()
-        self.used_on = {_stream(part.device)}
-        table = part.native
-        self.packed = table.packed()
-        fixed = torch.zeros(self.packed.fixed, dtype=torch.uint8)
-        table.pack_fixed(fixed.data_ptr())
-        self.fixed = fixed.to(part.device)
-        # What moves: as this step has it, as the device has it, and there.
-        self.staged, self.uploaded = (torch.zeros(self.packed.moving, dtype=torch.uint8) for _ in range(2))
-        self.moving = torch.zeros(self.packed.moving, dtype=torch.uint8, device=part.device)
-        # For a first captured step: memory cannot be pinned while a stream is being captured.
-        self.source: Tensor | None = None
-        self.spare: Tensor | None = _pinned(self.staged)
-        # In place of what a step is not given.
-        self.no_scale = torch.ones((), dtype=torch.float32, device=part.device)
-        self.no_inf = torch.zeros((), dtype=torch.float32, device=part.device)
+    Raises:
+        RuntimeError: The pass is captured, and there is no table on the device yet.
+    """
 
-        self.rule = self.kernels.RULES[part.rule.name]
-        self.dtypes = self.kernels.DTYPES[part.param_dtype], self.kernels.DTYPES[part.grad_dtype]
-        self.row_count, self.chunk_count = table.row_count, table.chunk_count
-        numbers = self.row_count * (self.kernels.SYNC + self.rule.coefficients).value
-        self.steps = torch.empty(numbers, dtype=compute_dtype(part.param_dtype), device=part.device)
-        self.warps = self.kernels.THREADS // _warp_size()
-        self.compiled = False
+    in_one_call = False
 
-    def step(self, part: Part, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        stream = _stream(part.device)
-        if stream not in self.used_on:
-            # Freed, the memory must not be given away while this stream still reads it. Told once, the allocator
-            # remembers the stream as long as the memory is ours.
-            for tensor in (self.fixed, self.moving, self.steps, self.no_scale, self.no_inf):
-                _used_on_current_stream(tensor)
-            self.used_on.add(stream)
-        part.native.pack_moving(self.staged.data_ptr())
-        moving = self._capture(part) if _is_capturing(part.device) else self._upload()
+    def __init__(self, part: CompiledPart) -> None:
+        self.device, table, spec = part.spec.device, part.table, part.spec
+        with _current(self.device):
+            if _is_capturing(self.device):
+                raise RuntimeError(no_table_to_capture(self.device))
+            self.kernels = kernels()
+            self.used_on = UsedOn(_stream(self.device))
+            self.packed = table.packed()
+            self.fixed = torch.empty(self.packed.fixed, dtype=torch.uint8, device=self.device)
+            self._send_fixed(part)
+            # What moves: as this pass has it, as the device has it, and there.
+            self.staged, self.uploaded = _host_bytes(self.packed.moving), _host_bytes(self.packed.moving)
+            self.moving = torch.zeros(self.packed.moving, dtype=torch.uint8, device=self.device)
+            # For a first captured step: memory cannot be pinned while a stream is being captured.
+            self.source: Tensor | None = None
+            self.spare: Tensor | None = _pinned(self.staged)
+            # In place of what a step is not given.
+            self.no_scale = torch.ones((), dtype=torch.float32, device=self.device)
+            self.no_inf = torch.zeros((), dtype=torch.float32, device=self.device)
+            self.rules = {name: self.kernels.RULES[name] for name in (spec.rule.name, "external")}
+            self.policy = self.kernels.POLICIES[spec.policy.name]
+            self.row_count, self.chunk_count = table.row_count, table.chunk_count
+            numbers = max(rule.coefficients.value for rule in self.rules.values())
+            numbers += self.kernels.SLOW_COEFFICIENTS.value
+            self.steps = torch.empty(
+                self.row_count * numbers, dtype=compute_dtype(spec.param_dtype), device=self.device
+            )
+            self.warps = self.kernels.THREADS // _warp_size()
+        self.compiled: set[Pass] = set()
+
+    def run(self, part: CompiledPart, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """One pass over the part's table, on the device's current stream, without waiting for it."""
+        with _current(self.device):
+            memory = (self.fixed, self.moving, self.steps, self.no_scale, self.no_inf)
+            self.used_on.add(_stream(self.device), memory, _used_on_current_stream)
+            capturing = _is_capturing(self.device)
+            if part.table.moves != self.moves:
+                if capturing:
+                    raise RuntimeError(moved_while_capturing(self.device))
+                self._send_fixed(part)
+            part.table.pack_moving(self.staged.data_ptr())
+            moving = self._capture(part) if capturing else self._upload()
+            self._launch(part, moving, grad_scale, found_inf)
+
+    def _launch(self, part: CompiledPart, moving: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        spec, sync_now = part.spec, part.pass_ is Pass.SYNC
+        rule = self.rules["external" if sync_now else spec.rule.name]
+        grad_dtype = spec.param_dtype if rule is self.rules["external"] else spec.grad_dtype
+        dtypes = self.kernels.DTYPES[spec.param_dtype], self.kernels.DTYPES[grad_dtype]
         scale = self.no_scale if grad_scale is None else grad_scale
-        held = self.no_inf if found_inf is None else found_inf
+        skip = self.no_inf if found_inf is None else found_inf
         row_programs = -(-self.row_count // self.kernels.ROWS.value)
-        rows = (self.fixed, moving, self.steps, scale, held, self.row_count, self.packed.gradients, self.rule)
-        chunks = (self.fixed, moving, self.steps, held, self.packed.chunks, self.packed.gradients, self.rule)
+        sizes = self.row_count, self.packed.gradients
+        rows = (self.fixed, moving, self.steps, scale, skip, *sizes, int(sync_now), rule, self.policy)
+        chunks = (self.fixed, moving, self.steps, skip, self.packed.chunks, self.packed.gradients, rule)
         launches = (
             (self.kernels.rows, row_programs, rows, 1),
-            (self.kernels.chunks, self.chunk_count, (*chunks, *self.dtypes), self.warps),
+            (self.kernels.chunks, self.chunk_count, (*chunks, *dtypes), self.warps),
         )
-        if not self.compiled:
-            # Both before either is launched: a step that fails in compiling one must not count.
+        if part.pass_ not in self.compiled:
+            # Both before either is launched: a pass that fails in compiling one must not count.
             for kernel, programs, arguments, warps in launches:
                 if programs:
                     kernel.warmup(*arguments, grid=(programs,), num_warps=warps, enable_fp_fusion=False)
-            self.compiled = True
+            self.compiled.add(part.pass_)
         for kernel, programs, arguments, warps in launches:
             if programs:
                 kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False)
+
+    def _send_fixed(self, part: CompiledPart) -> None:
+        staged = _host_bytes(self.packed.fixed)
+        part.table.pack_fixed(staged.data_ptr())
+        self.fixed.copy_(staged)
+        self.moves = part.table.moves
 
     def _upload(self) -> Tensor:
         if self.spare is None:
@@ -146,7 +162,7 @@ class Stepper:
             self.uploaded.copy_(self.staged)
         return self.moving
 
-    def _capture(self, part: Part) -> Tensor:
+    def _capture(self, part: CompiledPart) -> Tensor:
         """A replay must find what moves as it is now, whatever steps are made meanwhile, and all that the table names.
 
         What is made here on the device is from the graph's own memory, and every replay fills it from `source`.
@@ -158,12 +174,15 @@ class Stepper:
                 self.source, self.spare = self.spare.copy_(self.staged), None
         moving = torch.empty_like(self.moving)
         moving.copy_(self.source, non_blocking=True)
-        owners = [place.owner for place in part.places]
         # Not the owners themselves: they would keep each other.
-        state = [tensor for tensor in part.native.updated(True) if not any(tensor is owner for owner in owners)]
-        copies = [place.param for place in part.places if place.is_copy]
-        _captured.setdefault(owners[0], []).append((self, self.source, state, copies))
+        owners, tensors = part.tensors()
+        _captured.setdefault(owners[0], []).append((self, self.source, tensors))
         return moving
+
+
+def _host_bytes(size: int) -> Tensor:
+    # On the host, whatever the default device is.
+    return torch.zeros(size, dtype=torch.uint8, device="cpu")
 
 
 @functools.cache

@@ -10,12 +10,12 @@ import pytest
 from wheels import ROOT, SMALL_MODULE, Result, environment, run, wheel_of
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def base(tmp_path_factory):
     return tmp_path_factory.mktemp("packaging")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def tree(base):
     """A copy of what a clean clone holds."""
     left_out = (
@@ -33,7 +33,7 @@ def tree(base):
     return shutil.copytree(ROOT, base / "source-tree", ignore=ignore)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def toolchain(base, tree):
     """The Python of an environment with the build requirements and nothing else, torch least of all."""
     run([sys.executable, "-m", "venv", base / "toolchain"])
@@ -45,7 +45,7 @@ def toolchain(base, tree):
     return python
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def unpacked(base, tree, toolchain):
     """The source distribution of the tree, unpacked."""
     sdist = "from setuptools import build_meta; print(build_meta.build_sdist('dist'))"
@@ -57,7 +57,7 @@ def unpacked(base, tree, toolchain):
     return directory
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def built(toolchain, unpacked):
     """The wheel of the source distribution, built in isolation; its build directory stays."""
     result = wheel_of(unpacked, [toolchain, "-m", "pip", "wheel", "-v"])
@@ -65,7 +65,7 @@ def built(toolchain, unpacked):
     return result
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pip_wheel(toolchain):
     """Builds the wheel of a source tree under the given environment variables, without isolation."""
 
@@ -74,6 +74,16 @@ def pip_wheel(toolchain):
         return wheel_of(source, command, **changes)
 
     return pip_wheel
+
+
+@pytest.fixture(scope="session")
+def built_with_cuda(base, tree, pip_wheel):
+    """A wheel with _cuda alone in it, for one architecture."""
+    source = shutil.copytree(tree, base / "with-cuda", ignore=shutil.ignore_patterns("dist", "*.egg-info"))
+    changes = {"LOOKAHEAD_FUSED_CUDA": "1", "LOOKAHEAD_FUSED_CPU": "0", "TORCH_CUDA_ARCH_LIST": "8.0+PTX"}
+    result = pip_wheel(source, **changes)
+    assert result.returncode == 0, result.output
+    return result
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ import shutil
 import zipfile
 from pathlib import Path
 
-import cuda_code
 import pytest
 from wheels import native_modules, needs_compiler, run
+
+from bench.gpu import cuda_code
 
 # One worker builds, rather than each one again.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
@@ -92,11 +93,9 @@ def test_local_version(copy, pip_wheel):
 
 @needs_compiler
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="compiles with nvcc, and there is none on PATH")
-def test_the_cuda_module_is_built_where_nvcc_is(tree, pip_wheel, tmp_path):
+def test_the_cuda_module_is_built_where_nvcc_is(built_with_cuda, tmp_path):
     """Found on PATH, be it a script or a link; the module links no CUDA library and records what it was built for."""
-    source = shutil.copytree(tree, tmp_path / "tree")
-    result = pip_wheel(source, LOOKAHEAD_FUSED_CUDA="1", LOOKAHEAD_FUSED_CPU="0", TORCH_CUDA_ARCH_LIST="8.0+PTX")
-    assert result.returncode == 0, result.output
+    result = built_with_cuda
     (module,) = native_modules(result.wheel)
     assert re.fullmatch(r"lookahead_fused/_cuda\..*\.so", module)
     record = result.build_info()["modules"]["_cuda"]

@@ -17,12 +17,13 @@ COMPILERS = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
 READ_BY_THE_BUILD = (
     *("CC", "CXX", "CXXFLAGS", "LDFLAGS", "LOOKAHEAD_FUSED_CPU", "MAX_JOBS"),
     *("CUDA_HOME", "CUDA_PATH", "FORCE_CUDA", "LOOKAHEAD_FUSED_CUDA", "TORCH_CUDA_ARCH_LIST"),
+    *("CUDAFLAGS", "CUDAHOSTCXX", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN"),
     "LOOKAHEAD_FUSED_LOCAL_VERSION",
 )
 
 SMALL_MODULE = """
 #include <Python.h>
-static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu"};
+static PyModuleDef definition{PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
 PyMODINIT_FUNC PyInit__cpu() { return PyModule_Create(&definition); }
 """
 

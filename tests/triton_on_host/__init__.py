@@ -1,20 +1,23 @@
 """The Triton backend on the host: its kernels in Triton's interpreter, as a further backend.
 
-`triton-host` is the class, the table, `backends/triton.py` and `backends/triton_kernels.py`, as they are; only what
-torch would answer about streams and devices is stood in for, and the interpreter is made quick enough for a suite.
+`triton-host` is the class, the table, `backends/triton.py`, `triton_kernels.py` and `triton_rules.py`, as they are;
+only what torch would answer about streams and devices is stood in for, and the interpreter is made quick enough for a
+suite.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from lookahead_fused import build
+from lookahead_fused import _build as build
 
 NAME = "triton-host"
 
@@ -31,7 +34,7 @@ def missing() -> str:
 
 @functools.cache
 def kernels() -> ModuleType:
-    """A second `backends/triton_kernels.py`, interpreted."""
+    """A second `backends/triton_kernels.py` over a second `triton_rules.py`, interpreted."""
     import triton
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction, interpreter_builder, interpreter_semantic
@@ -43,21 +46,20 @@ def kernels() -> ModuleType:
     before = triton.knobs.runtime.interpret
     triton.knobs.runtime.interpret = True
     try:
-        module = _again("triton_kernels")
+        module, rules = kernels_again()
     finally:
         triton.knobs.runtime.interpret = before
-    for name, value in list(vars(module).items()):
-        # Called from within a kernel, the interpreter's function prepares Triton's whole language anew each time.
-        if isinstance(value, InterpretedFunction):
-            setattr(module, name, replay.Kernel(value) if name in ("rows", "chunks") else value.rewrite())
-    module.RULES = {
-        name: rule._replace(
-            prepare=getattr(module, rule.prepare.__name__), update=getattr(module, rule.update.__name__)
-        )
-        for name, rule in module.RULES.items()
-    }
+    for room in (rules, module):
+        for name, value in list(vars(room).items()):
+            # Called from within a kernel, the interpreter's function prepares Triton's whole language anew each time.
+            if isinstance(value, InterpretedFunction):
+                setattr(room, name, replay.Kernel(value) if name in ("rows", "chunks") else value.rewrite())
+    for told in (module.RULES, module.POLICIES):
+        for name, constants in told.items():
+            functions = {field: f for field, f in constants._asdict().items() if hasattr(f, "__name__")}
+            told[name] = constants._replace(**{field: getattr(rules, f.__name__) for field, f in functions.items()})
     # Triton's own library was imported to be compiled; of its functions this is the only one that is called.
-    module.largest = lambda n: tl.tensor(interpreter_semantic.builder.create_largest(n.handle), n.dtype)
+    rules.largest = lambda n: tl.tensor(interpreter_semantic.builder.create_largest(n.handle), n.dtype)
     return module
 
 
@@ -105,11 +107,25 @@ def backend() -> ModuleType:
     return module
 
 
-def _again(name: str) -> ModuleType:
+def kernels_again(folder: Path | None = None) -> tuple[ModuleType, ModuleType]:
+    """A second `triton_kernels.py`, and the second `triton_rules.py` that it imports; edited ones from a folder."""
+    name = "lookahead_fused.backends.triton_rules"
+    first, second = sys.modules.get(name), _again("triton_rules", folder)
+    sys.modules[name] = second
+    try:
+        return _again("triton_kernels", folder), second
+    finally:
+        del sys.modules[name]
+        if first is not None:
+            sys.modules[name] = first
+
+
+def _again(name: str, folder: Path | None = None) -> ModuleType:
     spec = importlib.util.find_spec(f"lookahead_fused.backends.{name}")
     assert spec is not None
     assert spec.origin is not None
-    spec = importlib.util.spec_from_file_location(f"lookahead_fused.backends.{name}_host", spec.origin)
+    path = spec.origin if folder is None else folder / Path(spec.origin).name
+    spec = importlib.util.spec_from_file_location(f"lookahead_fused.backends.{name}_again", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,0 +1,1 @@
+"""Trains two small networks with and without Lookahead and compares."""

@@ -1,0 +1,1 @@
+"""Measures sides against each other, and knows neither optimizers nor lists of parameters."""

@@ -1,0 +1,1 @@
+"""The benchmarks, the counts, and the gate that compares both with a baseline."""

@@ -1,0 +1,153 @@
+#include "group_reader.h"
+
+#include <limits>
+
+#include "collected.h"
+
+namespace lookahead_fused {
+namespace {
+
+// A learning rate that can be read where it lies, in the step: on a GPU the host never sees its value.
+bool is_lr(TensorReader& tensors, const Description& device, PyObject* value, Description& out) {
+    return tensors.describe(value, out) && out.same_device(device) && out.numel() == 1 && out.data != nullptr &&
+           (out.dtype == dlpack_dtype(Dtype::FLOAT32) || out.dtype == dlpack_dtype(Dtype::FLOAT64));
+}
+
+double number_at(const Group& group, int slot) {
+    return slot >= Field::POLICY ? group.policy[slot - Field::POLICY] : group.rule[slot];
+}
+
+}  // namespace
+
+GroupReader::GroupReader(py::tuple fields, py::object read_group, bool reads_lr)
+    : fields_tuple_(std::move(fields)), read_group_(std::move(read_group)), reads_lr_(reads_lr) {
+    for (const py::handle entry : fields_tuple_) {
+        // The names are interned, so that the dictionaries find them by identity.
+        const auto tuple = py::reinterpret_borrow<py::tuple>(entry);
+        const Field field{tuple[0].ptr(),          tuple[1].cast<Py_ssize_t>(),
+                          tuple[2].cast<int>(),    static_cast<Field::Kind>(tuple[3].cast<int>()),
+                          tuple[4].cast<double>(), tuple[5].cast<double>()};
+        if (field.slot >= Field::POLICY + MAX_POLICY_HYPERS) throw py::index_error("a Group has no such slot");
+        fields_.push_back(field);
+    }
+}
+
+int32_t GroupReader::add(TensorReader& tensors, const Description& device, py::dict group) {
+    Source source{group.ptr(), {}};
+    source.values.resize(fields_.size());
+    sources_.push_back(std::move(source));
+    groups_.emplace_back();
+    read_in_python(tensors, device, sources_.size() - 1);
+    return static_cast<int32_t>(sources_.size() - 1);
+}
+
+bool GroupReader::refresh(TensorReader& tensors, const Description& device) {
+    for (size_t i = 0; i < sources_.size(); ++i) {
+        if (!read(tensors, device, i)) return false;
+    }
+    return true;
+}
+
+// The group's values, where they are the same objects as last time, are the same values.
+bool GroupReader::read(TensorReader& tensors, const Description& device, size_t index) {
+    Source& source = sources_[index];
+    Group& group = groups_[index];
+    bool ask_python = source.lr_each_step;
+    PyObject* entry = nullptr;
+    for (size_t i = 0; i < fields_.size(); ++i) {
+        const Field& field = fields_[i];
+        // The items of a pair stand side by side.
+        if (i == 0 || field.key != fields_[i - 1].key) {
+            entry = PyDict_GetItemWithError(source.dict, field.key);
+            if (entry == nullptr && PyErr_Occurred()) throw py::error_already_set();
+        }
+        PyObject* value = entry;
+        if (value != nullptr && field.item >= 0) {
+            if (!PyTuple_CheckExact(value) || PyTuple_GET_SIZE(value) != 2) {
+                ask_python = true;
+                continue;
+            }
+            value = PyTuple_GET_ITEM(value, field.item);
+        }
+        // An entry may be missing where Python has a default for it.
+        if (value == source.values[i].ptr()) continue;
+        if (value == nullptr || field.kind == Field::SWITCH) return false;
+        double number = std::numeric_limits<double>::quiet_NaN();
+        if (PyFloat_CheckExact(value)) number = PyFloat_AS_DOUBLE(value);
+        if (field.slot == 0 && source.lr_tensor != nullptr) return false;
+        if (!(number >= field.low && number <= field.high)) {
+            ask_python = true;
+            continue;
+        }
+        if (field.kind == Field::PRESENCE && (number_at(group, field.slot) != 0) != (number != 0)) return false;
+        assign(group, field.slot, number);
+        source.values[i] = py::reinterpret_borrow<py::object>(value);
+    }
+    if (ask_python) {
+        const Group before = group;
+        read_in_python(tensors, device, index);
+        for (const Field& field : fields_) {
+            if (field.kind == Field::PRESENCE &&
+                (number_at(before, field.slot) != 0) != (number_at(group, field.slot) != 0)) {
+                return false;
+            }
+        }
+    }
+    if (source.lr_tensor == nullptr) return true;
+    Description described;
+    return is_lr(tensors, device, source.lr_tensor, described) && described.data == group.lr &&
+           group.lr_is_double == (described.dtype == dlpack_dtype(Dtype::FLOAT64));
+}
+
+// Validates the group, or raises; sees every kind of value that a group may hold.
+void GroupReader::read_in_python(TensorReader& tensors, const Description& device, size_t index) {
+    Source& source = sources_[index];
+    Group& group = groups_[index];
+    const py::object read =
+        py::reinterpret_steal<py::object>(PyObject_CallFunctionObjArgs(read_group_.ptr(), source.dict, nullptr));
+    if (!read) throw py::error_already_set();
+    const py::tuple values = read;
+    if (values.size() != fields_.size()) throw py::value_error("a group has a number for each field");
+    source.lr_each_step = false;
+    source.lr_tensor = nullptr;
+    group.lr = nullptr;
+    for (size_t i = 0; i < fields_.size(); ++i) {
+        const Field& field = fields_[i];
+        py::object value = py::reinterpret_borrow<py::object>(PyDict_GetItem(source.dict, field.key));
+        if (value && field.item >= 0) value = value[py::int_(field.item)];
+        source.values[i] = value;
+        assign(group, field.slot, py::object(values[i]).cast<double>());
+        if (field.slot == 0 && reads_lr_ && value && tensors.is_tensor(value.ptr())) {
+            Description described;
+            if (is_lr(tensors, device, value.ptr(), described)) {
+                group.lr = described.data;
+                group.lr_is_double = described.dtype == dlpack_dtype(Dtype::FLOAT64);
+                source.lr_tensor = value.ptr();
+            } else {
+                source.lr_each_step = true;
+            }
+        }
+    }
+}
+
+void GroupReader::assign(Group& group, int slot, double value) {
+    if (slot >= Field::POLICY) {
+        group.policy[slot - Field::POLICY] = value;
+    } else if (slot >= 0) {
+        group.rule[slot] = value;
+    }
+}
+
+int GroupReader::traverse(visitproc visit, void* argument) const {
+    return visit_all({fields_tuple_.ptr(), read_group_.ptr()}, visit, argument);
+}
+
+void GroupReader::clear() {
+    sources_.clear();
+    groups_.clear();
+    fields_.clear();
+    fields_tuple_ = py::tuple();
+    read_group_ = py::object();
+}
+
+}  // namespace lookahead_fused

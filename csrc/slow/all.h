@@ -1,0 +1,22 @@
+// The one list of policies. A table's policy is known by its place in it.
+#pragma once
+
+#include "../table/list.h"
+#include "ema.h"
+#include "lookahead.h"
+
+namespace lookahead_fused {
+inline namespace LF_ISA {
+
+using Policies = List<Lookahead, Ema>;
+
+template <class T, class First, class... Others>
+LF_HD SlowStep<T> prepare_slow(List<First, Others...>, int32_t policy, const double* hyper, const PolicyInputs& at) {
+    if constexpr (sizeof...(Others) > 0) {
+        if (policy > 0) return prepare_slow<T>(List<Others...>{}, policy - 1, hyper, at);
+    }
+    return First::template prepare<T>(hyper, at);
+}
+
+}  // namespace LF_ISA
+}  // namespace lookahead_fused

@@ -1,0 +1,73 @@
+// The slow weights' half of a step: what a policy is told, what it decides for a parameter, and the one form of an
+// event of an element, which all policies share.
+//
+// A policy is a struct of static members:
+//   name
+//   Hyper, hyper_names      its hyperparameters, in the order in which Python writes them into a Group
+//   prepare<T>(hyper, at)   decides a parameter's SlowStep, in fp64
+//
+// Policies differ in what they decide and not in the walk, so that a walk is compiled once for a rule and a pattern of
+// dtypes, whatever the policy: crossed with it as rules are with dtypes, the kernels would take twice as long to build
+// for each policy more. Which one it is, is asked once for a row.
+#pragma once
+
+#include "../rules/numeric.h"
+
+namespace lookahead_fused {
+inline namespace LF_ISA {
+
+enum class Event : int32_t {
+    BY_COUNT,  // when the policy's rhythm says so
+    NOW,       // it was asked for
+    NEVER      // it was asked for, of slow weights that have not begun
+};
+
+struct PolicyInputs {
+    int64_t step;        // applied updates of this parameter, this one counted
+    int64_t made_after;  // how many of them there were when the slow weights were made; 0 where nothing tells
+    int32_t captures;    // this is the parameter's first update, and theta is still what it was before
+    Event event;
+};
+
+// What becomes of the rule's first moment at an event: it is kept, interpolated like the weights, or reset.
+enum Pullback : int32_t { KEEP, INTERPOLATE, RESET };
+
+// The momentum of the slow weights: none, the classical one, or in Nesterov's form.
+enum OuterMomentum : int32_t { NO_MOMENTUM, CLASSICAL, NESTEROV };
+
+template <class T>
+struct SlowStep {
+    int32_t due;             // there is an event: the slow columns are read and written
+    int32_t capture;         // the slow weights start in this step, at theta as the step found it
+    int32_t acts_on_moment;  // an event changes the rule's first moment
+    int32_t restarts;        // after an event theta goes on from the slow weights
+    Lerp<T> weight;          // of theta in the slow weights, and of the first moment in its cached copy
+    int32_t pullback;
+    int32_t outer;  // momentum of the slow weights
+    T outer_alpha, outer_momentum;
+
+    // buffer is the momentum of the slow weights.
+    template <class V>
+    LF_HD void weights(V& p, V& slow, V& buffer) const {
+        if (outer != NO_MOMENTUM) {
+            const V difference = slow - p;
+            buffer = outer_momentum * buffer + difference;
+            slow = slow - outer_alpha * (outer == NESTEROV ? difference + outer_momentum * buffer : buffer);
+            // It goes with a restart: to ask would keep theta in registers that a GPU does not have.
+            p = slow;
+        } else {
+            slow = weight(slow, p);
+            if (restarts) p = slow;
+        }
+    }
+
+    // cached is the moment as the last event left it.
+    template <class V>
+    LF_HD void moment(V& m, V& cached) const {
+        if (pullback == INTERPOLATE) cached = m = weight(cached, m);
+        if (pullback == RESET) m = V{};
+    }
+};
+
+}  // namespace LF_ISA
+}  // namespace lookahead_fused

@@ -1,0 +1,54 @@
+"""The compiled modules: imported once, when first asked for, and with the reason where there is none."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from importlib import resources
+from types import ModuleType
+from typing import Any
+
+RECORD = "_build_info.json"
+
+
+def module(name: str) -> ModuleType | None:
+    """A compiled module of this package, or None; `reason` tells why."""
+    return _load(name)[0]
+
+
+def reason(name: str) -> str:
+    """Why a compiled module does not serve here; empty where it does."""
+    return _load(name)[1]
+
+
+@functools.cache
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module(f"lookahead_fused.{name}"), ""
+    except Exception as error:  # what a library raises while it is loaded is not always an ImportError
+        recorded = info()["modules"].get(name, {}).get("reason")
+        told = f"lookahead_fused.{name} could not be imported: {type(error).__name__}: {error}"
+        return None, str(recorded or told)
+
+
+def version() -> str:
+    """The version that was built; "unknown" where the package runs from a tree that nothing was built in."""
+    return str(info().get("version", "unknown"))
+
+
+def info() -> dict[str, Any]:
+    """What the build recorded of itself: version and, for each module, whether it was built, by what, or why not.
+
+    A record that cannot be read must not end the import: it then has no modules, and "fault" says what is wrong.
+    """
+    record = resources.files("lookahead_fused").joinpath(RECORD)
+    try:
+        recorded: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        if not all(isinstance(facts, dict) for facts in recorded["modules"].values()):
+            raise TypeError("the record of a module is not a dict")
+    except FileNotFoundError:
+        return {"modules": {}}
+    except Exception as error:  # not UTF-8, not JSON, not a dict, without modules, not readable
+        return {"modules": {}, "fault": f"{RECORD} cannot be read: {type(error).__name__}: {error}"}
+    return recorded

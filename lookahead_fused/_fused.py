@@ -1,0 +1,145 @@
+"""What the optimizers with Lookahead fused into their step share; each of them stands in `_optimizers.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import _checkpoint as checkpoint
+from . import _rules as rules
+from ._policies import Lookahead
+from ._slow_weights import Interpolating
+from ._table import Table
+from ._torch import opaque_to_compile
+
+Pullback = Literal["none", "pullback", "reset"]
+Betas = tuple[float, float]
+
+_LOOKAHEAD_ARGUMENTS = """
+        foreach, capturable: Accepted and without effect: every number that may differ between two replays of a captured
+            graph lives on the device.
+        fused: False has a GradScaler unscale the gradients before the step, as it does for torch's own class, so that
+            they can be clipped in between. Else the step unscales them itself. Either way it is fused.
+        differentiable: Must be False.
+        k: Inner steps from one sync to the next, an int >= 1. A parameter syncs when its own count of updates is a
+            multiple of k.
+        alpha: Step size of the slow weights, a float in [0, 1]; with outer momentum in [0, 2].
+        pullback_momentum: What becomes of the first moment at a sync: "none" keeps it, "pullback" interpolates it
+            like the weights, "reset" zeroes it.
+        outer_momentum: Momentum mu of the slow weights, a float in [0, 1): at a sync s = phi - theta, b <- mu b + s,
+            phi <- phi - alpha (s + mu b) (SNOO, arXiv 2510.15830; DiLoCo's outer step, arXiv 2311.08105). 0 keeps no
+            buffer.
+        outer_nesterov: False leaves Nesterov's form: phi <- phi - alpha b.
+        master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate.
+        backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
+
+    Every argument may also be given per parameter group. State, in the dtype of computation (fp32; fp64 for fp64
+    parameters): `slow_param` beside what torch's class keeps, `cached_momentum` for "pullback", `outer_momentum_buffer`
+    for `outer_momentum`, `master_param` for `master_weights`, and `step` in fp64. All of it is created in a parameter's
+    first step.
+
+    Raises:
+        ValueError: A value is out of bounds, or `differentiable` is True.
+        TypeError: A value is of a wrong type.
+    """
+
+
+_Class = TypeVar("_Class", bound="type[FusedLookahead]")
+
+
+def documented(cls: _Class) -> _Class:
+    """Lookahead's arguments are the same in every class but for the name of alpha, and stated once."""
+    arguments = _LOOKAHEAD_ARGUMENTS.replace(" alpha: ", f" {cls.policy.alpha}: ")
+    cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}{arguments}"
+    return cls
+
+
+class FusedLookahead(Interpolating):
+    """What the classes share: the table, the step and the checkpoints. A subclass names its rule."""
+
+    rule: rules.Rule
+    policy = Lookahead()
+
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], differentiable: bool = False, fused: bool | None = None
+    ) -> None:
+        checkpoint.check_switches({"differentiable": differentiable, "fused": fused})
+        self._table = Table(self.rule, self.policy)
+        self._fused = fused
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group, as in torch.optim; raises what the constructor raises."""
+        checkpoint.check_switches(param_group)
+        self._table.check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        for switch in checkpoint.TORCH_SWITCHES:
+            self.param_groups[-1].pop(switch, None)
+
+    @opaque_to_compile
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Advances every parameter that has a gradient by one step, and syncs those whose turn it is.
+
+        Args:
+            closure: Reevaluates the model and returns the loss, as in torch.optim; it may return None.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            RuntimeError: Inside `slow_weights()`, or a named backend cannot serve.
+            TypeError: A gradient is sparse, complex or not floating-point.
+            ValueError: A hyperparameter was set to a value that nothing can be computed with, a parameter or a state
+                tensor has lost its memory, or a gradient does not fit its parameter.
+        """
+        with self._lock:
+            self._refuse_inside_slow_weights("step()")
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            # What torch.amp.GradScaler sets on an optimizer that unscales in its own step.
+            grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+            found_inf: Tensor | None = getattr(self, "found_inf", None)
+            self._table.step(self.param_groups, self.state, grad_scale, found_inf)
+        return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """torch.amp.GradScaler asks for this: who unscales, and who looks at found_inf, is the one that steps."""
+        return self._may_unscale(self._fused)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this class, or of the torch.optim class whose name it carries.
+
+        State keeps the precision it was saved in, and is copied. Slow weights that the checkpoint lacks start in the
+        next step, at what the parameters are then. The choice of backends stays.
+
+        Raises:
+            RuntimeError: Inside `slow_weights()`.
+            ValueError: The checkpoint's groups are not this optimizer's.
+        """
+        with self._lock:
+            self._refuse_inside_slow_weights("load_state_dict()")
+            with checkpoint.exactly(self, state_dict, self.policy):
+                super().load_state_dict(state_dict)
+            self._table.invalidate()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_fused": self._fused}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch's loading of a state dict comes by here too, with no such entry: the user's choice stays.
+        self.__dict__.setdefault("_fused", None)
+        super().__setstate__(state)
+        self._table = Table(self.rule, self.policy)
+        for group in self.param_groups:
+            for key in self._own_keys():
+                group.setdefault(key, self.defaults[key])
+
+    def _own_keys(self) -> tuple[str, ...]:
+        return tuple(key for key in self.defaults if key not in checkpoint.TORCH_SWITCHES)

@@ -1,0 +1,402 @@
+"""One parameter with its state: what is created, what a checkpoint may have brought, what a backend is handed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._policies import Policy
+from ._rules import Rule
+from ._tensors import (
+    check_gradient,
+    check_memory,
+    check_parameter,
+    compute_dtype,
+    copy_in_layout,
+    count_device,
+    extent,
+    has_layout_of,
+    is_dense,
+    local_gradient,
+    local_tensor,
+    new_state,
+)
+from ._torch import is_dtensor, is_plain
+
+SLOW, CACHED, OUTER, MASTER = "slow_param", "cached_momentum", "outer_momentum_buffer", "master_param"
+# How many updates there had been when the slow weights were made.
+START = "average_start"
+# What stands in a parameter's state beside the inner optimizer's own: as large as it, or one number.
+_AS_LARGE = frozenset((SLOW, CACHED, OUTER, MASTER))
+OURS = _AS_LARGE | {START}
+
+
+@dataclass
+class Row:
+    """One parameter: dense tensors of one shape and stride order on one device.
+
+    `param` is the owner's local part, or where that is not dense a copy. `made` are the entries that the owner's state
+    lacks or has in another form: they are its state from `commit` on, and until then nothing has changed.
+    """
+
+    owner: Tensor
+    name: str
+    group: Mapping[str, Any]
+    param: Tensor
+    gradient: Tensor | None
+    step: Tensor
+    average_start: Tensor | None
+    slow: Tensor
+    moments: dict[str, Tensor]
+    cached_moment: Tensor | None
+    outer_momentum: Tensor | None
+    master: Tensor | None
+    moments_loaded: bool
+    made: dict[str, Any]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return compute_dtype(self.param.dtype)
+
+    @property
+    def stretch(self) -> tuple[int, int]:
+        return stretch_of(self.owner)
+
+    @property
+    def is_copy(self) -> bool:
+        return not is_dense(local_tensor(self.owner))
+
+    @property
+    def is_foreign(self) -> bool:
+        """A tensor of a class around other tensors: torch's operators alone know what to do with it."""
+        return not (is_plain(self.param) and (self.gradient is None or is_plain(self.gradient)))
+
+    @property
+    def is_uniform(self) -> bool:
+        """Every tensor lies as the parameter does, and moments have the compute dtype: a table may take it."""
+        return (
+            not self.is_foreign
+            and not self.owner.is_complex()
+            and self.step.device == self.param.device
+            and all(
+                m.dtype == self.compute_dtype and is_plain(m) and has_layout_of(m, self.param)
+                for m in self.moments.values()
+            )
+        )
+
+    def commit(self, state: Any) -> None:
+        if self.made:
+            state[self.owner].update(self.made)
+
+    def copied(self, step: int) -> Row:
+        """The same numbers in memory of their own, after so many steps."""
+        names = ("param", "slow", "cached_moment", "outer_momentum", "master")
+        tensors: dict[str, Any] = {name: None if (t := getattr(self, name)) is None else t.clone() for name in names}
+        moments = {name: moment.clone() for name, moment in self.moments.items()}
+        count = torch.tensor(float(step), dtype=torch.float64, device=self.step.device)
+        start = None if self.average_start is None else torch.zeros_like(count)
+        return replace(self, **tensors, moments=moments, step=count, average_start=start)
+
+    def read_in(self) -> None:
+        """Takes over what a row before it wrote into an owner that `param` is a copy of."""
+        if self.is_copy:
+            self.param.copy_(local_tensor(self.owner))
+
+    def write_back(self) -> None:
+        """Hands the update to an owner that `param` is a copy of."""
+        if self.is_copy:
+            local_tensor(self.owner).copy_(self.param)
+
+
+def stretch_of(owner: Tensor) -> tuple[int, int]:
+    """The memory in which a parameter lies; none of a class around other tensors, which may lie anywhere."""
+    local = local_tensor(owner)
+    return extent(local) if is_plain(local) else (0, 0)
+
+
+def parameter_name(group: int, position: int) -> str:
+    return f"parameter {position} of group {group}"
+
+
+@contextmanager
+def by_operators(name: str, *tensors: Tensor | None) -> Iterator[None]:
+    """What torch's operators raise of a class around other tensors is told with the parameter's name and the class's.
+
+    Raises:
+        TypeError: The class does not serve one of them.
+    """
+    try:
+        yield
+    except Exception as error:
+        foreign = next((tensor for tensor in tensors if tensor is not None and not is_plain(tensor)), None)
+        if foreign is None:
+            raise
+        raise TypeError(
+            f"{name} must be a Tensor that torch's operators can update, got a {type(foreign).__name__}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def make_row(
+    owner: Tensor,
+    name: str,
+    group: Mapping[str, Any],
+    state: Mapping[str, Any],
+    rule: Rule,
+    policy: Policy,
+    moments_loaded: bool,
+) -> Row:
+    """A row over what the parameter's state has, and what it lacks, created: nothing of `state` is changed.
+
+    Slow weights start where theta is now (phi_0 = theta_0). Where they start beside moments that were loaded, the
+    moment's cached copy starts there too: the parameter is treated as just synced.
+    """
+    with by_operators(name, local_tensor(owner)):
+        return _make_row(owner, name, group, state, rule, policy, moments_loaded)
+
+
+def _make_row(
+    owner: Tensor,
+    name: str,
+    group: Mapping[str, Any],
+    state: Mapping[str, Any],
+    rule: Rule,
+    policy: Policy,
+    moments_loaded: bool,
+) -> Row:
+    local = local_tensor(owner)
+    param = local if is_dense(local) else copy_in_layout(local, local, local.dtype)
+    dtype = compute_dtype(param.dtype)
+    own = _State(owner, param, state)
+
+    step = own.counter(rule.step_name)
+    moments = {}
+    for moment, used in zip(rule.moments, rule.moments_in_use(group), strict=True):
+        if used and rule.reads_gradient:
+            moments[moment] = own.tensor(moment, dtype, None)
+        elif used and isinstance(state.get(moment), Tensor):
+            moments[moment] = local_tensor(state[moment])
+    master = None
+    if group.get(policy.master_weights) and param.dtype != dtype:
+        master = own.tensor(MASTER, dtype, param)
+    slow = own.tensor(SLOW, dtype, param if master is None else master)
+    # What is left beside slow weights that start anew is as old as they were.
+    restarts = rule.reads_gradient and state.get(SLOW) is None
+    average_start = own.counter(START, step, restarts) if policy.keeps_start else None
+    outer_momentum = own.tensor(OUTER, dtype, None, restarts) if policy.has_outer_momentum(group) else None
+    cached_moment = None
+    first = moments.get(rule.moments[0])
+    if first is not None and policy.caches_moment(group):
+        cached_moment = own.tensor(CACHED, dtype, first, restarts)
+    gradient = owner.grad if rule.reads_gradient else None
+    if gradient is not None:
+        gradient = local_gradient(gradient, owner)
+        if is_plain(gradient) and not (has_layout_of(gradient, param) and gradient.data_ptr()):
+            gradient = copy_in_layout(gradient, param, gradient.dtype)
+    return Row(
+        owner,
+        name,
+        group,
+        param,
+        gradient,
+        step,
+        average_start,
+        slow,
+        moments,
+        cached_moment,
+        outer_momentum,
+        master,
+        moments_loaded,
+        own.made,
+    )
+
+
+def check_state(
+    param: Tensor,
+    state: Mapping[str, Any],
+    rule: Rule,
+    policy: Policy,
+    group: Any,
+    name: str,
+    read: Container[str] | None = None,
+) -> None:
+    """Raises TypeError or ValueError for state that was put there by hand and cannot be its parameter's.
+
+    Of another optimizer's state, only a moment that the policy acts on is looked at.
+
+    Args:
+        read: The entries that are worked with besides the slow weights and the count, None for all: an offloader may
+            have taken the memory of the others.
+    """
+    looks = rule.reads_gradient or all(rule.moments_in_use(group))
+    for key in (*(rule.moments if looks else ()), *(_AS_LARGE - {SLOW})):
+        _check_entry(param, state, key, name, read is None or key in read)
+    _check_entry(param, state, SLOW, name, True)
+    for key in (rule.step_name, START):
+        _check_count(state.get(key), key, name)
+
+
+def _check_entry(param: Tensor, state: Mapping[str, Any], key: str, name: str, is_read: bool) -> None:
+    value, shape = state.get(key), local_tensor(param).shape
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"state {key!r} of {name} must be a Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"state {key!r} of {name} must be dense, got layout {value.layout}")
+    if local_tensor(value).shape != shape:
+        raise ValueError(
+            f"state {key!r} of {name} must have the parameter's shape {tuple(shape)}, got {tuple(value.shape)}"
+        )
+    if value.device.type == "meta" or not (value.is_floating_point() or value.is_complex()):
+        raise TypeError(
+            f"state {key!r} of {name} must be floating-point and hold numbers, got {value.dtype} on {value.device}"
+        )
+    if is_read:
+        check_memory(local_tensor(value), f"state {key!r} of {name}")
+
+
+def _check_count(count: Any, key: str, name: str) -> None:
+    if count is None:
+        return
+    expected = f"state {key!r} of {name} must be one number >= 0"
+    if isinstance(count, Tensor):
+        check_memory(local_tensor(count), f"state {key!r} of {name}")
+        if count.numel() != 1 or count.is_complex():
+            raise ValueError(f"{expected}, got {count.dtype} of {tuple(count.shape)}")
+        # On a GPU, looking at the value here would wait for it.
+        if count.device.type != "cpu" or not is_plain(count):
+            return
+        count = count.item()
+    if not isinstance(count, numbers.Real):
+        raise TypeError(f"{expected}, got {count!r} of type {type(count).__name__}")
+    if not 0 <= float(count) < math.inf:
+        raise ValueError(f"{expected}, got {count!r}")
+
+
+def moments_were_loaded(param: Tensor, state: Mapping[str, Any], rule: Rule, loaded: Mapping[int, Tensor]) -> bool:
+    """Whether a parameter's moments came without a step count, and count from the first step on."""
+    count = state.get(rule.step_name)
+    if count is not None:
+        return loaded.get(id(param)) is count
+    return any(state.get(name) is not None for name in rule.moments)
+
+
+def check_row(
+    owner: Tensor,
+    name: str,
+    group: Any,
+    state: Mapping[str, Any],
+    rule: Rule,
+    policy: Policy,
+    read: Container[str] | None = None,
+) -> None:
+    """Raises TypeError or ValueError for a parameter that a pass cannot advance; nothing has changed then."""
+    check_parameter(owner, name, takes_complex=not rule.reads_gradient)
+    check_state(owner, state, rule, policy, group, name, read)
+    if rule.reads_gradient and owner.grad is not None:
+        check_gradient(owner.grad, owner, name)
+
+
+def read_in_a_sync(group: Any, rule: Rule, policy: Policy) -> Container[str]:
+    """Which entries a sync has to do with, besides the slow weights and the count."""
+    return {*OURS, *(rule.moments[:1] if policy.acts_on_moment(group) else ())}
+
+
+def start_slow(
+    owner: Tensor, moment: Tensor | None, policy: Policy, group: Mapping[str, Any], count: Any = None
+) -> dict[str, Any]:
+    """The state entries of slow weights that start now, beside a first moment that is not ours, or none yet; after so
+    many updates."""
+    local = local_tensor(owner)
+    own = _State(owner, local if is_dense(local) else copy_in_layout(local, local, local.dtype), {})
+    own.tensor(SLOW, compute_dtype(local.dtype), local)
+    if policy.has_outer_momentum(group):
+        own.tensor(OUTER, compute_dtype(local.dtype), None)
+    if policy.keeps_start:
+        own.counter(START, count)
+    return {**own.made, **(start_cached(owner, moment) if policy.caches_moment(group) else {})}
+
+
+def start_cached(owner: Tensor, moment: Tensor | None) -> dict[str, Any]:
+    """The state entry of a first moment's copy that starts now; at zeros beside a moment that is still to be made."""
+    local = local_tensor(owner)
+    own = _State(owner, local if is_dense(local) else copy_in_layout(local, local, local.dtype), {})
+    own.tensor(CACHED, compute_dtype(local.dtype), None if moment is None else local_tensor(moment))
+    return own.made
+
+
+class _State:
+    """The entries of one parameter's state, created or brought into form as they are asked for, in `made`."""
+
+    def __init__(self, owner: Tensor, param: Tensor, entries: Mapping[str, Any]) -> None:
+        self.owner = owner
+        self.param = param
+        self.entries = entries
+        self.made: dict[str, Any] = {}
+
+    def counter(self, name: str, start: Any = None, restarts: bool = False) -> Tensor:
+        """A number of applied updates, whatever a checkpoint made of it; where there is none yet that of `start`, or
+        0."""
+        value = self.entries.get(name)
+        is_new = value is None or restarts
+        device = count_device(self.param.device)
+        kept = value if isinstance(value, Tensor) and not is_new else None
+        if kept is not None and (kept.dtype, kept.dim(), kept.device) == (torch.float64, 0, device):
+            return local_tensor(kept)
+        if is_new:
+            value = start
+        count = torch.tensor(0.0, dtype=torch.float64, device=device)
+        if isinstance(value, Tensor):
+            count.copy_(local_tensor(value).detach().reshape(()))
+        elif value is not None:
+            count.fill_(float(value))
+        self._keep(name, count)
+        return count
+
+    def tensor(self, name: str, dtype: torch.dtype, start: Tensor | None, restarts: bool = False) -> Tensor:
+        """A tensor in the parameter's layout; where there is none yet it starts as a copy of `start`, or as zeros."""
+        value = self.entries.get(name)
+        if value is None or restarts:
+            return self._make(name, dtype, start)
+        local = local_tensor(value)
+        if local.dtype != dtype or not has_layout_of(local, self.param):
+            check_memory(local, f"state {name!r}")
+            return self._make(name, dtype, local)
+        return local
+
+    def _make(self, name: str, dtype: torch.dtype, start: Tensor | None) -> Tensor:
+        local = new_state(self.param, dtype, start)
+        self._keep(name, torch.view_as_complex(local) if self.owner.is_complex() else self._like_owner(local))
+        return local
+
+    def _keep(self, name: str, value: Tensor) -> None:
+        if is_plain(self.param) and not is_plain(local_tensor(value)):
+            raise TypeError(
+                f"state {name!r} must be a Tensor with memory, as its parameter is, got a {type(value).__name__} from "
+                "a mode that is on: leave it for the first step"
+            )
+        self.made[name] = value
+
+    def _like_owner(self, local: Tensor) -> Tensor:
+        """A shard of a DTensor's state is a DTensor too, so that checkpoints know how to reassemble it."""
+        if not is_dtensor(self.owner):
+            return local
+        from torch.distributed.tensor import DTensor
+
+        assert isinstance(self.owner, DTensor)
+        return DTensor.from_local(
+            local,
+            self.owner.device_mesh,
+            self.owner.placements,
+            run_check=False,
+            shape=self.owner.shape,
+            stride=self.owner.stride(),
+        )

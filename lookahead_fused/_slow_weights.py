@@ -1,0 +1,167 @@
+"""Working with the slow weights: evaluate or save on them, and interpolate outside the rhythm of k."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import AbstractContextManager, ContextDecorator
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ._interrupts import uninterrupted
+from ._swap import Swap
+from ._table import Table
+from ._torch import is_fsdp1, with_hooks
+
+
+class SlowWeights(Optimizer):
+    """The part of the public face that all optimizers with slow weights share."""
+
+    _table: Table
+    # How many slow_weights() blocks are open, and in the outermost what to undo at its end.
+    _depth: int = 0
+    _swap: Swap | None = None
+    _saving: RemovableHandle | None = None
+
+    def slow_weights(self) -> AbstractContextManager[None]:
+        """Puts the slow weights into the parameters for the length of a ``with`` block.
+
+        Parameters keep their addresses. Where parameter and slow weights have one dtype the two trade places in place;
+        elsewhere the fast weights are set aside. Leaving needs no memory, and neither way is cut in two by a Ctrl-C.
+        Parameters that had no step yet have no slow weights, and stay as they are. Blocks may be nested; an exception
+        restores the fast weights too. `state_dict()` inside gives the slow weights as slow weights.
+
+        It swaps the parameters that this optimizer was given. Where those are not the model's own, the model does not
+        change: within DeepSpeed's ZeRO they are flat copies, and within ZeroRedundancyOptimizer only this rank's share
+        of the model, so that the ranks would evaluate on a mixture. Under FSDP2 the root stays gathered after a
+        forward: call ``model.reshard()`` before the block ends.
+
+        Raises:
+            RuntimeError: From `step()`, `sync()` and `load_state_dict()` inside the block, on any thread.
+            ValueError, TypeError: A slow weight has another shape than its parameter. Nothing has changed then.
+        """
+        return _Block(self)
+
+    def _patch_step_function(self) -> None:
+        # torch's constructor calls this for every optimizer, and so does unpickling; in a class whose step is marked it
+        # wraps nothing.
+        cls = type(self)
+        if not getattr(cls.step, "hooked", False):
+            cls.step = with_hooks(cls.step)  # type: ignore[method-assign]
+            cls.step.hooked = True  # type: ignore[attr-defined]
+        super()._patch_step_function()
+        # Guards a whole step: another thread may evaluate on the slow weights meanwhile.
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_inside_slow_weights("copying or pickling")
+        state: dict[str, Any] = super().__getstate__()
+        return state
+
+    def _may_unscale(self, fused: bool | None) -> bool:
+        """Whether a gradient scaler may leave unscaling to the step: not where its user said fused=False, as of torch's
+        own classes, and not where only the scaler tells the other ranks of an overflow."""
+        if fused is False:
+            return False
+        return not any(is_fsdp1(param) for group in self.param_groups for param in group["params"])
+
+    def _refuse_inside_slow_weights(self, call: str) -> None:
+        if self._depth > 0:
+            raise RuntimeError(
+                f"{call} inside slow_weights(): leave the block first, the parameters hold the slow weights"
+            )
+
+    @property
+    def _state_keeper(self) -> Optimizer:
+        """The optimizer whose state dict holds the slow weights."""
+        return self
+
+    def _enter(self) -> None:
+        """One block more. To be called, as `_leave` is, with the lock and where no interrupt comes."""
+        if self._depth == 0:
+            swap = Swap(self._table.slow_weights(self.param_groups, self.state))
+            # The first to see a state dict, before hooks that copy its tensors, and whoever asks for it. An optimizer
+            # that never called torch's constructor has no hooks.
+            saving = None
+            if hasattr(self._state_keeper, "_optimizer_state_dict_post_hooks"):
+                saving = self._state_keeper.register_state_dict_post_hook(self._on_slow_weights, prepend=True)
+            swap.enter()
+            self._swap, self._saving = swap, saving
+        self._depth += 1
+
+    def _leave(self) -> None:
+        self._depth -= 1
+        if self._depth > 0:
+            return
+        swap, saving = self._swap, self._saving
+        assert swap is not None
+        swap.leave()
+        if saving is not None:
+            saving.remove()
+        self._swap = self._saving = None
+
+    def _on_slow_weights(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Inside `slow_weights()` a parameter may hold phi and `slow_param` theta: what is saved is phi."""
+        if self._swap is None:
+            return state_dict
+        traded = self._swap.traded()
+        state = {
+            index: {name: traded[id(v)].detach().clone() if id(v) in traded else v for name, v in entries.items()}
+            for index, entries in state_dict["state"].items()
+            if isinstance(entries, dict)
+        }
+        return {**state_dict, "state": {**state_dict["state"], **state}}
+
+
+class Interpolating(SlowWeights):
+    """Slow weights from which the weights go on, Lookahead's: they may be interpolated at any time."""
+
+    def sync(self) -> None:
+        """Interpolates now: every parameter that had a step gets phi <- phi + alpha (theta - phi), theta <- phi.
+
+        Step counts stay, so the next sync of the rhythm comes when it would have come.
+
+        Raises:
+            RuntimeError: Inside `slow_weights()`, or a named backend cannot serve.
+            ValueError, TypeError: A setting or a state is not acceptable. Nothing has changed then.
+        """
+        with self._lock:
+            self._refuse_inside_slow_weights("sync()")
+            self._table.sync(self.param_groups, self.state)
+
+
+class _Block(ContextDecorator, AbstractContextManager[None]):
+    """One block of `slow_weights()`, which a Ctrl-C leaves entered or not, and never for good.
+
+    Not a generator's: between its `yield` and the `with` that waits for it Python looks for signals, and one that
+    raises as it is left cannot be left again.
+    """
+
+    _entered = 0
+
+    def __init__(self, optimizer: SlowWeights) -> None:
+        self._optimizer = optimizer
+
+    def __enter__(self) -> None:
+        before = self._entered
+        try:
+            with self._optimizer._lock, uninterrupted():
+                self._optimizer._enter()
+                self._entered += 1
+        except BaseException:
+            # What came meanwhile is raised when all is entered, and no `with` would leave it.
+            if self._entered > before:
+                self.__exit__()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        with self._optimizer._lock, uninterrupted():
+            if self._entered > 0:
+                self._entered -= 1
+                self._optimizer._leave()
+
+    def __del__(self) -> None:
+        # A Ctrl-C that came before `__exit__` held it back.
+        while self._entered > 0:
+            self.__exit__()

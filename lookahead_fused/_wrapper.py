@@ -1,0 +1,328 @@
+"""Slow weights around any optimizer, and fused with the step of the ones that there is a rule for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam, RMSprop
+
+from . import _checkpoint as checkpoint
+from . import _rules as rules
+from ._door import BaseDoor
+from ._hyperparameters import check_passed
+from ._interrupts import uninterrupted
+from ._policies import Policy
+from ._rows import CACHED, OURS, SLOW, start_cached, start_slow
+from ._slow_weights import SlowWeights
+from ._table import Table
+from ._tensors import local_tensor
+from ._torch import call_with_hooks, keeps_its_state_elsewhere, opaque_to_compile
+
+# By exact type: a subclass may step differently.
+_FUSED = {Adam: rules.ADAM, AdamW: rules.ADAMW, SGD: rules.SGD, RAdam: rules.RADAM, RMSprop: rules.RMSPROP}
+
+# Under these names optimizers keep the first moment, which pullback and reset act on.
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
+
+
+class Wrapper(SlowWeights):
+    """What the wrappers share: slow weights around another optimizer, by a policy that a subclass names.
+
+    Over torch's Adam, AdamW, SGD, RAdam and RMSprop a step is fused, on the base's own groups and state; its `step` is
+    not called, its hooks are. Over any other optimizer a step is `base.step()` and then one fused pass over the slow
+    weights.
+
+    `param_groups`, `state` and `defaults` are the base's, so that it does not matter whether a scheduler, a hook or a
+    checkpoint is attached to the base or to this, or when; its other public methods and attributes can be reached here
+    too. The base may be stepped alone again at any time: it then finds its state in the dtypes that torch keeps it in.
+
+    Args:
+        base_optimizer: The optimizer that makes the inner steps.
+        settings: The policy's, by the names that its user gives them.
+    """
+
+    policy: Policy
+    base_optimizer: Optimizer
+    _own_defaults: dict[str, Any]
+
+    def __init__(self, base_optimizer: Optimizer, **settings: Any) -> None:
+        _check_base(base_optimizer)
+        own = {self.policy.prefix + name: value for name, value in settings.items()}
+        table = Table(_FUSED.get(type(base_optimizer)) or self._external(), self.policy)
+        check_passed(table.arguments, own)
+        self.policy.check(own, **{name: name for name in settings})
+        for group in base_optimizer.param_groups:
+            table.check_group({**own, **group})
+        self.__setstate__({"base_optimizer": base_optimizer, "_own_defaults": own})
+        self._complete_groups()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base's parameter groups, whichever list that is by now."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The base's state, with the slow weights beside it."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.base_optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base's defaults and this one's, as a new dict."""
+        return {**self.base_optimizer.defaults, **self._own_defaults}
+
+    def __getattr__(self, name: str) -> Any:
+        # What is looked for before unpickling has set the base must not ask for the base.
+        if name.startswith("_") or name == "base_optimizer":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base_optimizer, name)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a parameter group to the base, as in torch.optim; raises what the constructor raises."""
+        checkpoint.check_switches(param_group)
+        self._table.check_group({**self.defaults, **param_group})
+        self.base_optimizer.add_param_group(param_group)
+        self._complete_groups()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the base does it, which may keep gradients elsewhere too."""
+        self.base_optimizer.zero_grad(set_to_none)
+
+    @opaque_to_compile
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the base optimizer on every parameter with a gradient, and the event of those whose turn it is.
+
+        Args:
+            closure: Reevaluates the model and returns the loss, as in torch.optim; it may return None.
+
+        Returns:
+            What the base's step would return: the closure's loss, or None.
+
+        Raises:
+            RuntimeError: Inside `slow_weights()`, or a named backend cannot serve.
+            TypeError: A gradient is sparse, complex or not floating-point, and the base is fused.
+            ValueError: A setting or a state is not acceptable, or pullback_momentum names a moment that the base does
+                not keep. Nothing has changed then, but where a base has stepped before, and gives a parameter that is
+                new to it a moment of another form: the others keep that step.
+        """
+        with self._lock:
+            self._refuse_inside_slow_weights("step()")
+            self._complete_groups()
+            return self._step_fused(closure) if self._is_fused else self._step_around(closure)
+
+    @property
+    def _is_fused(self) -> bool:
+        return type(self.base_optimizer) in _FUSED
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """torch.amp.GradScaler asks for this: who unscales, and who looks at found_inf, is the one that steps."""
+        if not self._is_fused:
+            return bool(getattr(self.base_optimizer, "_step_supports_amp_scaling", False))
+        groups = self.param_groups
+        return self._may_unscale(False if any(group.get("fused") is False for group in groups) else None)
+
+    def _step_fused(self, closure: Callable[[], Any] | None) -> Any:
+        def step(base: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._table.step(self.param_groups, self.state, *self._amp())
+            return loss
+
+        base = self.base_optimizer
+        # A scheduler on the base wants to know that it stepped, and hooks on it want to be called.
+        base._opt_called = True  # type: ignore[attr-defined]
+        with self._door:
+            arguments = () if closure is None else (closure,)
+            return call_with_hooks(step, base, *arguments, own_hooks=self._door.step_hooks)
+
+    def _step_around(self, closure: Callable[[], Any] | None) -> Any:
+        base, state = self.base_optimizer, self.state
+        self._find_first_moment()
+        self._table.check(self.param_groups, state, gradients_come=closure is not None)
+        started = self._start_slow_weights(closure is not None)
+        grad_scale, found_inf = self._amp()
+        forwarded = {"grad_scale": grad_scale, "found_inf": found_inf} if found_inf is not None else {}
+        with uninterrupted():
+            for name, value in forwarded.items():
+                setattr(base, name, value)
+            try:
+                loss = base.step() if closure is None else base.step(closure)
+            finally:
+                for name in forwarded:
+                    delattr(base, name)
+            if found_inf is None or found_inf.device.type != "cpu" or found_inf.item() == 0:
+                self._begin(started)
+                self._table.step(self.param_groups, state, None, found_inf)
+        return loss
+
+    def _amp(self) -> tuple[Tensor | None, Tensor | None]:
+        # Not by getattr, which would find the base's.
+        return self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+
+    def _start_slow_weights(self, gradients_come: bool) -> list[tuple[Tensor, dict[str, Any]]]:
+        """phi_0 = theta_0, taken before the base moves theta, and kept out of its state until it has stepped.
+
+        Many optimizers take a state that is not empty for one that they made.
+
+        Args:
+            gradients_come: The base will evaluate a closure, and any parameter may get a gradient.
+        """
+        started = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None and not (gradients_come and param.requires_grad):
+                    continue
+                own = self.state.get(param, {})
+                pullback = self.policy.caches_moment(group)
+                moment = own.get(self._table.rule.moments[0]) if pullback else None
+                if own.get(SLOW) is None or not self._has_begun(own):
+                    count = own.get(self._table.rule.step_name)
+                    started.append((param, start_slow(param, moment, self.policy, group, count)))
+                elif pullback and own.get(CACHED) is None:
+                    started.append((param, start_cached(param, moment)))
+        return started
+
+    def _has_begun(self, own: dict[str, Any]) -> bool:
+        count = own.get(self._table.rule.step_name)
+        # Only a state that the base made early can say otherwise, and it keeps the count on the CPU until then.
+        return count is None or count.device.type != "cpu" or count.item() != 0
+
+    def _begin(self, started: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        """The base has stepped: slow weights that start here are state from now on."""
+        fresh = [(param, entries) for param, entries in started if param.grad is not None]
+        if not fresh:
+            return
+        try:
+            self._find_first_moment(made=True)
+            self._table.check(self.param_groups, self.state)
+        except (TypeError, ValueError):
+            # Only now it shows that there is no moment to act on, or not a tensor like its parameter: the base's first
+            # step is taken back.
+            for param, entries in fresh:
+                if SLOW in entries:
+                    local_tensor(param).copy_(local_tensor(entries[SLOW]))
+                    self.state.pop(param, None)
+            raise
+        for param, entries in fresh:
+            self.state[param].update(entries)
+
+    def _states(self) -> Iterator[dict[str, Any]]:
+        """The parameters' states; an optimizer may keep something else beside them."""
+        return (own for own in self.state.values() if isinstance(own, dict))
+
+    def _find_first_moment(self, made: bool = False) -> None:
+        """Which of the base's tensors is the first moment, where the policy acts on it.
+
+        Args:
+            made: The base has stepped, and has made all that it will keep.
+        """
+
+    def _external(self, moment: str = FIRST_MOMENTS[0]) -> rules.Rule:
+        return rules.external(moment, self.policy.acts_on_moment, self.policy.prefix + "step")
+
+    def _complete_groups(self) -> None:
+        """A group that was added to the base, or loaded from a checkpoint of it, lacks entries of the policy."""
+        for group in self.param_groups:
+            if not self._own_defaults.keys() <= group.keys():
+                for key, value in self._own_defaults.items():
+                    group.setdefault(key, value)
+                if not self._is_fused:
+                    self._stand_beside_early_state(group)
+
+    @torch.no_grad()
+    def _stand_beside_early_state(self, group: dict[str, Any]) -> None:
+        """Where a base makes state before its first step (Adagrad), ours stands beside it from the start, with a count
+        that says "not begun": else a checkpoint's template, which is made before that step too, has no place for it."""
+        name = self._table.rule.step_name
+        for param in group["params"]:
+            own = self.state.get(param)
+            if isinstance(own, dict) and own and own.get(SLOW) is None:
+                own.update(start_slow(param, None, self.policy, group))
+                own.setdefault(name, torch.tensor(0.0, dtype=torch.float64, device="cpu"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state dict, with this one's entries among its groups and state."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        self._complete_groups()
+        state_dict: dict[str, Any] = self.base_optimizer.state_dict()
+        if self._saving is None:
+            state_dict = self._on_slow_weights(self, state_dict)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a checkpoint of this, or of the base alone; its slow weights then start in the next step.
+
+        Raises:
+            RuntimeError: Inside `slow_weights()`.
+            ValueError: The checkpoint's groups are not the base's.
+        """
+        with self._lock:
+            self._refuse_inside_slow_weights("load_state_dict()")
+            # A shallow copy, as torch gives its hooks, which may write into it.
+            state_dict = state_dict.copy()
+            for hook in self._optimizer_load_state_dict_pre_hooks.values():
+                replaced = hook(self, state_dict)
+                state_dict = state_dict if replaced is None else replaced
+            with self._door, checkpoint.exactly(self.base_optimizer, state_dict, self.policy, self._exact_names):
+                self.base_optimizer.load_state_dict(state_dict)
+            self._loaded()
+            for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+                post_hook(self)
+
+    @property
+    def _exact_names(self) -> tuple[str, ...] | None:
+        """The state entries that are ours to keep exact; of a fused base all are."""
+        return None if self._is_fused else (self._table.rule.step_name, *OURS)
+
+    def _loaded(self) -> None:
+        self._complete_groups()
+        self._table.invalidate()
+
+    @property
+    def _state_keeper(self) -> Optimizer:
+        return self.base_optimizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_inside_slow_weights("copying or pickling")
+        return {"base_optimizer": self.base_optimizer, "_own_defaults": self._own_defaults}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # This and not Optimizer.__init__, which would give this optimizer groups and state of its own: it sets up the
+        # hooks and the profiling of step(), and leaves groups and state alone.
+        super().__setstate__(state)
+        base = self.base_optimizer
+        self._table = Table(_FUSED.get(type(base)) or self._external(), self.policy)
+        self._door = BaseDoor(self)
+
+
+def _check_base(base: object) -> None:
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"base_optimizer must be a torch.optim.Optimizer, got {base!r} of type {type(base).__name__}")
+    if isinstance(base, SlowWeights):
+        raise TypeError(f"base_optimizer must not have slow weights of its own, got {type(base).__name__}")
+    if keeps_its_state_elsewhere(base):
+        raise TypeError(
+            "base_optimizer must keep its own state, and ZeroRedundancyOptimizer keeps it in another one; "
+            "use ZeroRedundancyOptimizer(params, optimizer_class=LookaheadAdamW, ...)"
+        )
+    if any(group.get("differentiable") for group in base.param_groups):
+        raise ValueError("base_optimizer must not be differentiable: a fused step cannot be differentiated through")

@@ -1,0 +1,44 @@
+"""What the CUDA and the Triton backend share: two launches over a table that was sent to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class UsedOn:
+    """The streams that use some memory, so that the allocator learns of each once.
+
+    Freed, the memory must not be given away while another stream than the one it was made on still reads it. Told once,
+    the allocator remembers the stream as long as the memory is ours.
+
+    Args:
+        stream: The stream that the memory was made on.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._streams = {stream}
+
+    def add(self, stream: Any, memory: Iterable[Tensor], tell: Callable[[Tensor], None]) -> None:
+        """Has the allocator told of a stream that is new."""
+        if stream not in self._streams:
+            for tensor in memory:
+                tell(tensor)
+            self._streams.add(stream)
+
+
+def no_table_to_capture(device: torch.device) -> str:
+    return (
+        "this step cannot be captured in a CUDA graph: the step before it failed, and its table is not on "
+        f"{device}; run a step before the capture"
+    )
+
+
+def moved_while_capturing(device: torch.device) -> str:
+    return (
+        f"this step cannot be captured in a CUDA graph: state on {device} lies elsewhere than in the step before it, "
+        "and its table would be sent anew in every replay; run a step before the capture"
+    )

@@ -1,0 +1,465 @@
+"""The rules and policies in Triton, as in `csrc/rules` and `csrc/slow`: under the same names and in the same order of
+operations, so that the two can be read side by side. What the hyperparameters of a rule or a policy are called is asked
+of the compiled module.
+
+The same bits as everywhere: launched with enable_fp_fusion=False, and in fp32 with the division and the root that round
+correctly, since Triton's plain ones approximate.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from .. import _build as build
+
+constexpr = tl.constexpr
+
+_native = build.module("_cpu")
+# ROW_STEP and the like: where a field stands in a struct, in bytes.
+LAYOUT = {name: constexpr(value) for name, value in _native.layout().items()}
+globals().update(LAYOUT)
+# All that compiled code comes from: this file, the walk beside it, and what they ask of the compiled module.
+_FILES = [Path(__file__).with_name(name).read_bytes() for name in ("triton_rules.py", "triton_kernels.py")]
+SOURCE = f"{_FILES} {_native.layout()} {_native.rules()} {_native.policies()}"
+
+# Rows of a program that prepares coefficients.
+ROWS = constexpr(32)
+
+# ---- csrc/rules/numeric.h
+
+
+@triton.jit
+def divide(a, b):
+    return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
+
+
+@triton.jit
+def square_root(x):
+    return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
+
+
+@triton.jit
+def maximum(a, b):
+    return tl.where(a <= b, b, a)
+
+
+@triton.jit
+def sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x + 0.0))
+
+
+@triton.jit
+def largest(n):
+    return tl.max(n, 0)
+
+
+@triton.jit
+def power(beta, n):
+    result = tl.full([ROWS], 1.0, tl.float64)
+    left = largest(n)
+    while left > 0:
+        result = tl.where((n & 1) != 0, result * beta, result)
+        beta = beta * beta
+        n = n >> 1
+        left = left >> 1
+    return result
+
+
+Lerp = namedtuple("Lerp", "factor from_a")
+
+
+@triton.jit
+def lerp_with(weight):
+    return Lerp(tl.where(weight < 0.5, weight, -(1.0 - weight)), weight < 0.5)
+
+
+@triton.jit
+def lerp(factor, from_a, a, b):
+    return tl.where(from_a != 0, a, b) + factor * (b - a)
+
+
+# ---- csrc/rules/rule.h
+
+
+@triton.jit
+def gradient_factor(maximize, grad_scale):
+    unscale = 1.0 / grad_scale
+    return tl.where(maximize != 0, -unscale, unscale)
+
+
+# By this Triton finds compiled code on disk. Of functions in a tuple it would take the names alone, and serve a rule or
+# a policy as it was before it was edited.
+_cache_key = property(lambda self: f"{SOURCE} {tuple(self)}")
+
+
+# What a walk is told of a rule. The last three are numbers: of its hyperparameters, coefficients and moments.
+class Rule(namedtuple("Rule", "prepare update reads_gradient hypers coefficients moments")):
+    cache_key = _cache_key
+
+
+# ---- csrc/rules/adam.h
+
+AdamHyper = namedtuple("AdamHyper", _native.rules()["adam"][0])
+AdamCoefficients = namedtuple(
+    "AdamCoefficients",
+    "gradient_factor decay weight_decay exp_avg_factor exp_avg_from_a beta2 one_minus_beta2 step_size "
+    "inverse_sqrt_correction2 eps l2 decoupled amsgrad",
+)
+
+
+@triton.jit
+def adam_prepare(hyper, step, lr, grad_scale, first):
+    hyper = AdamHyper(*hyper)
+    correction1 = 1.0 - power(hyper.beta1, step)
+    correction2 = 1.0 - power(hyper.beta2, step)
+    decays = hyper.weight_decay != 0
+    exp_avg = lerp_with(1.0 - hyper.beta1)
+    return AdamCoefficients(
+        gradient_factor=gradient_factor(hyper.maximize, grad_scale),
+        decay=1.0 - lr * hyper.weight_decay,
+        weight_decay=hyper.weight_decay,
+        exp_avg_factor=exp_avg.factor,
+        exp_avg_from_a=exp_avg.from_a,
+        beta2=hyper.beta2,
+        one_minus_beta2=1.0 - hyper.beta2,
+        step_size=lr / correction1,
+        inverse_sqrt_correction2=1.0 / square_root(correction2),
+        eps=hyper.eps,
+        l2=decays & (hyper.decoupled_weight_decay == 0),
+        decoupled=decays & (hyper.decoupled_weight_decay != 0),
+        amsgrad=hyper.amsgrad != 0,
+    )
+
+
+@triton.jit
+def adam_update(c, p, g, moments):
+    c = AdamCoefficients(*c)
+    g = c.gradient_factor * g
+    if c.decoupled != 0:
+        p = p * c.decay
+    if c.l2 != 0:
+        g = g + c.weight_decay * p
+    m = lerp(c.exp_avg_factor, c.exp_avg_from_a, moments[0], g)
+    v = c.beta2 * moments[1] + c.one_minus_beta2 * (g * g)
+    max_v = moments[2]
+    second = v
+    if c.amsgrad != 0:
+        max_v = maximum(v, max_v)
+        second = max_v
+    p = p - divide(c.step_size * m, square_root(second) * c.inverse_sqrt_correction2 + c.eps)
+    return p, (m, v, max_v)
+
+
+# ---- csrc/rules/sgd.h
+
+SgdHyper = namedtuple("SgdHyper", _native.rules()["sgd"][0])
+SgdCoefficients = namedtuple(
+    "SgdCoefficients", "gradient_factor weight_decay momentum one_minus_dampening lr decays accelerated nesterov first"
+)
+
+
+@triton.jit
+def sgd_prepare(hyper, step, lr, grad_scale, first):
+    hyper = SgdHyper(*hyper)
+    return SgdCoefficients(
+        gradient_factor=gradient_factor(hyper.maximize, grad_scale),
+        weight_decay=hyper.weight_decay,
+        momentum=hyper.momentum,
+        one_minus_dampening=1.0 - hyper.dampening,
+        lr=lr,
+        decays=hyper.weight_decay != 0,
+        accelerated=hyper.momentum != 0,
+        nesterov=hyper.nesterov != 0,
+        first=first,
+    )
+
+
+@triton.jit
+def sgd_update(c, p, g, moments):
+    c = SgdCoefficients(*c)
+    buffer = moments[0]
+    g = c.gradient_factor * g
+    if c.decays != 0:
+        g = g + c.weight_decay * p
+    if c.accelerated != 0:
+        buffer = tl.where(c.first != 0, g, c.momentum * buffer + c.one_minus_dampening * g)
+        g = tl.where(c.nesterov != 0, g + c.momentum * buffer, buffer)
+    p = p - c.lr * g
+    return p, (buffer,)
+
+
+# ---- csrc/rules/rmsprop.h
+
+RMSpropHyper = namedtuple("RMSpropHyper", _native.rules()["rmsprop"][0])
+RMSpropCoefficients = namedtuple(
+    "RMSpropCoefficients",
+    "gradient_factor weight_decay alpha one_minus_alpha grad_avg_factor grad_avg_from_a eps momentum lr "
+    "decays centered accelerated",
+)
+
+
+@triton.jit
+def rmsprop_prepare(hyper, step, lr, grad_scale, first):
+    hyper = RMSpropHyper(*hyper)
+    grad_avg = lerp_with(1.0 - hyper.alpha)
+    return RMSpropCoefficients(
+        gradient_factor=gradient_factor(hyper.maximize, grad_scale),
+        weight_decay=hyper.weight_decay,
+        alpha=hyper.alpha,
+        one_minus_alpha=1.0 - hyper.alpha,
+        grad_avg_factor=grad_avg.factor,
+        grad_avg_from_a=grad_avg.from_a,
+        eps=hyper.eps,
+        momentum=hyper.momentum,
+        lr=lr,
+        decays=hyper.weight_decay != 0,
+        centered=hyper.centered != 0,
+        accelerated=hyper.momentum > 0,
+    )
+
+
+@triton.jit
+def rmsprop_update(c, p, g, moments):
+    c = RMSpropCoefficients(*c)
+    buffer = moments[0]
+    mean = moments[2]
+    g = c.gradient_factor * g
+    if c.decays != 0:
+        g = g + c.weight_decay * p
+    square_avg = c.alpha * moments[1] + c.one_minus_alpha * (g * g)
+    second = square_avg
+    if c.centered != 0:
+        mean = lerp(c.grad_avg_factor, c.grad_avg_from_a, mean, g)
+        second = second - mean * mean
+    if c.accelerated == 0:
+        g = c.lr * g
+    step = divide(g, square_root(second) + c.eps)
+    if c.accelerated != 0:
+        buffer = c.momentum * buffer + step
+        step = c.lr * buffer
+    p = p - step
+    return p, (buffer, square_avg, mean)
+
+
+# ---- csrc/rules/radam.h
+
+RAdamHyper = namedtuple("RAdamHyper", _native.rules()["radam"][0])
+RAdamCoefficients = namedtuple(
+    "RAdamCoefficients",
+    "gradient_factor decay weight_decay exp_avg_factor exp_avg_from_a beta2 one_minus_beta2 step_size eps "
+    "l2 decoupled rectified",
+)
+
+
+@triton.jit
+def radam_prepare(hyper, step, lr, grad_scale, first):
+    hyper = RAdamHyper(*hyper)
+    power2 = power(hyper.beta2, step)
+    correction2 = 1.0 - power2
+    rho_inf = 2.0 / (1.0 - hyper.beta2) - 1.0
+    rho = rho_inf - 2.0 * step.to(tl.float64) * power2 / correction2
+    rectified = rho > 5.0
+    rectification = (rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho)
+    factor = tl.where(rectified, square_root(rectification * correction2), 1.0)
+    correction1 = 1.0 - power(hyper.beta1, step)
+    decays = hyper.weight_decay != 0
+    exp_avg = lerp_with(1.0 - hyper.beta1)
+    return RAdamCoefficients(
+        gradient_factor=gradient_factor(hyper.maximize, grad_scale),
+        decay=1.0 - lr * hyper.weight_decay,
+        weight_decay=hyper.weight_decay,
+        exp_avg_factor=exp_avg.factor,
+        exp_avg_from_a=exp_avg.from_a,
+        beta2=hyper.beta2,
+        one_minus_beta2=1.0 - hyper.beta2,
+        step_size=lr / correction1 * factor,
+        eps=hyper.eps,
+        l2=decays & (hyper.decoupled_weight_decay == 0),
+        decoupled=decays & (hyper.decoupled_weight_decay != 0),
+        rectified=rectified,
+    )
+
+
+@triton.jit
+def radam_update(c, p, g, moments):
+    c = RAdamCoefficients(*c)
+    g = c.gradient_factor * g
+    if c.decoupled != 0:
+        p = p * c.decay
+    if c.l2 != 0:
+        g = g + c.weight_decay * p
+    m = lerp(c.exp_avg_factor, c.exp_avg_from_a, moments[0], g)
+    v = c.beta2 * moments[1] + c.one_minus_beta2 * (g * g)
+    step = c.step_size * m
+    if c.rectified != 0:
+        step = divide(step, square_root(v) + c.eps)
+    p = p - step
+    return p, (m, v)
+
+
+# ---- csrc/rules/lion.h
+
+LionHyper = namedtuple("LionHyper", _native.rules()["lion"][0])
+LionCoefficients = namedtuple(
+    "LionCoefficients", "gradient_factor decay lr beta1 one_minus_beta1 beta2 one_minus_beta2"
+)
+
+
+@triton.jit
+def lion_prepare(hyper, step, lr, grad_scale, first):
+    hyper = LionHyper(*hyper)
+    return LionCoefficients(
+        gradient_factor=gradient_factor(hyper.maximize, grad_scale),
+        decay=1.0 - lr * hyper.weight_decay,
+        lr=lr,
+        beta1=hyper.beta1,
+        one_minus_beta1=1.0 - hyper.beta1,
+        beta2=hyper.beta2,
+        one_minus_beta2=1.0 - hyper.beta2,
+    )
+
+
+@triton.jit
+def lion_update(c, p, g, moments):
+    c = LionCoefficients(*c)
+    m = moments[0]
+    g = c.gradient_factor * g
+    p = p * c.decay - c.lr * sign(c.beta1 * m + c.one_minus_beta1 * g)
+    m = c.beta2 * m + c.one_minus_beta2 * g
+    return p, (m,)
+
+
+# ---- csrc/rules/external.h
+
+
+@triton.jit
+def external_prepare(hyper, step, lr, grad_scale, first):
+    return ()
+
+
+@triton.jit
+def external_update(c, p, g, moments):
+    return p, moments
+
+
+# ---- csrc/slow/policy.h
+
+
+# What the kernel of rows is told of a policy, at last how many hyperparameters it has.
+class Policy(namedtuple("Policy", "prepare hypers")):
+    cache_key = _cache_key
+
+
+# What every policy decides for a row.
+SlowStep = namedtuple(
+    "SlowStep",
+    "due capture acts_on_moment restarts weight_factor weight_from_a pullback outer outer_alpha outer_momentum",
+)
+SLOW_COEFFICIENTS = constexpr(len(SlowStep._fields))
+
+
+@triton.jit
+def slow_weights(c, p, slow, buffer):
+    c = SlowStep(*c)
+    if c.outer != 0:
+        difference = slow - p
+        buffer = c.outer_momentum * buffer + difference
+        slow = slow - c.outer_alpha * tl.where(c.outer == NESTEROV, difference + c.outer_momentum * buffer, buffer)
+        p = slow
+    else:
+        slow = lerp(c.weight_factor, c.weight_from_a, slow, p)
+        p = tl.where(c.restarts != 0, slow, p)
+    return p, slow, buffer
+
+
+@triton.jit
+def slow_moment(c, m, cached):
+    c = SlowStep(*c)
+    pulled = lerp(c.weight_factor, c.weight_from_a, cached, m)
+    m = tl.where(c.pullback == PULLBACK_INTERPOLATE, pulled, m)
+    m = tl.where(c.pullback == PULLBACK_RESET, 0.0, m)
+    return m, tl.where(c.pullback == PULLBACK_INTERPOLATE, pulled, cached)
+
+
+# ---- csrc/slow/lookahead.h
+
+LookaheadHyper = namedtuple("LookaheadHyper", _native.policies()["lookahead"])
+
+
+@triton.jit
+def lookahead_prepare(hyper, step, made_after, captures, by_count, now):
+    hyper = LookaheadHyper(*hyper)
+    weight = lerp_with(tl.minimum(hyper.alpha, 1.0))
+    return SlowStep(
+        due=(by_count & (step % hyper.k.to(tl.int64) == 0)) | now,
+        capture=captures,
+        acts_on_moment=hyper.pullback_momentum != PULLBACK_KEEP,
+        restarts=tl.full([ROWS], 1, tl.int32),
+        weight_factor=weight.factor,
+        weight_from_a=weight.from_a,
+        pullback=hyper.pullback_momentum,
+        outer=tl.where(hyper.outer_momentum != 0, tl.where(hyper.outer_nesterov != 0, NESTEROV, CLASSICAL), 0),
+        outer_alpha=hyper.alpha,
+        outer_momentum=hyper.outer_momentum,
+    )
+
+
+# ---- csrc/slow/ema.h
+
+EmaHyper = namedtuple("EmaHyper", _native.policies()["ema"])
+
+
+@triton.jit
+def ema_prepare(hyper, step, made_after, captures, by_count, now):
+    hyper = EmaHyper(*hyper)
+    every = hyper.every.to(tl.int64)
+    since = step - tl.maximum(made_after, hyper.start.to(tl.int64))
+    n = tl.maximum(since, 0) // every
+    count = n.to(tl.float64)
+    weight = tl.where(hyper.decay == EMA_UNIFORM, 1.0 / (count + 1.0), 1.0 - hyper.decay)
+    warm = (1.0 + count) / (10.0 + count)
+    weight = tl.where((hyper.warmup != 0) & (warm < hyper.decay), 1.0 - warm, weight)
+    weight = lerp_with(tl.where(n == 0, 1.0, weight))
+    none = tl.full([ROWS], 0.0, tl.float64)
+    return SlowStep(
+        due=by_count & (since >= 0) & (since % every == 0),
+        capture=captures,
+        acts_on_moment=none,
+        restarts=none,
+        weight_factor=weight.factor,
+        weight_from_a=weight.from_a,
+        pullback=none,
+        outer=none,
+        outer_alpha=none,
+        outer_momentum=none,
+    )
+
+
+def _rule(name: str, prepare: Any, update: Any, coefficients: tuple[str, ...]) -> Rule:
+    hypers, moments = _native.rules()[name]
+    numbers = bool(coefficients), len(hypers), len(coefficients), len(moments)
+    # Constants each: out of a tuple that is a constant, Triton 3.7 takes plain numbers, and loops over none.
+    return Rule(prepare, update, *map(constexpr, numbers))
+
+
+def _policy(name: str, prepare: Any) -> Policy:
+    return Policy(prepare, constexpr(len(_native.policies()[name])))
+
+
+RULES = {
+    "adam": _rule("adam", adam_prepare, adam_update, AdamCoefficients._fields),
+    "sgd": _rule("sgd", sgd_prepare, sgd_update, SgdCoefficients._fields),
+    "rmsprop": _rule("rmsprop", rmsprop_prepare, rmsprop_update, RMSpropCoefficients._fields),
+    "radam": _rule("radam", radam_prepare, radam_update, RAdamCoefficients._fields),
+    "lion": _rule("lion", lion_prepare, lion_update, LionCoefficients._fields),
+    "external": _rule("external", external_prepare, external_update, ()),
+}
+POLICIES = {
+    "lookahead": _policy("lookahead", lookahead_prepare),
+    "ema": _policy("ema", ema_prepare),
+}

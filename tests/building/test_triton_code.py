@@ -1,0 +1,332 @@
+"""What Triton's compiler makes of the kernels for NVIDIA's and AMD's GPUs, ahead of time: no GPU is needed for that."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import linecache
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import triton_on_host
+
+from bench.gpu import cuda_code
+from lookahead_fused import _build as build
+from lookahead_fused.backends import triton as triton_backend
+
+pytestmark = pytest.mark.skipif(
+    bool(triton_on_host.missing()), reason=f"compiles with Triton: {triton_on_host.missing()}"
+)
+
+NVIDIA = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120}
+AMD = ("gfx90a", "gfx942")
+
+
+def targets(*names: str) -> Any:
+    """A target's kernels are compiled once, by the worker that has its tests."""
+    cases = [pytest.param(name, marks=pytest.mark.xdist_group(f"triton-{name}")) for name in names]
+    return pytest.mark.parametrize("target", cases)
+
+
+ROOMS = ("rules", "kernels")
+RULES = ("adam", "sgd", "external")
+FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+PATTERNS = ((FP32, FP32), (BF16, FP32), (FP16, FP16), (FP64, FP64))
+# For two targets each of these is compiled with every pattern, and the further rules with some; for the others each of
+# both, and the largest rule in each width that it computes in.
+IN_FULL = ("sm_90", "gfx942")
+IN_PART = (("adam", 0), ("adam", 1), ("adam", 3), ("sgd", 0), ("sgd", 2), ("external", 3))
+FURTHER = (("rmsprop", 0), ("rmsprop", 3), ("radam", 1), ("lion", 2))
+# Those that divide, and take a root.
+DIVIDES = ("adam", "rmsprop", "radam")
+# Which arrays a walk reads and writes, each in one place; but phi, which starts in one place and is synced in another.
+ARRAYS = {
+    "adam": {
+        "param": "rw",
+        "grad": "r",
+        "slow": "wrw",
+        "cached": "rw",
+        "outer": "rw",
+        "m0": "rw",
+        "m1": "rw",
+        "m2": "rw",
+    },
+    "sgd": {"param": "rw", "grad": "r", "slow": "wrw", "cached": "rw", "outer": "rw", "m0": "rw"},
+    "rmsprop": {
+        "param": "rw",
+        "grad": "r",
+        "slow": "wrw",
+        "cached": "rw",
+        "outer": "rw",
+        "m0": "rw",
+        "m1": "rw",
+        "m2": "rw",
+    },
+    "radam": {"param": "rw", "grad": "r", "slow": "wrw", "cached": "rw", "outer": "rw", "m0": "rw", "m1": "rw"},
+    "lion": {"param": "rw", "grad": "r", "slow": "wrw", "cached": "rw", "outer": "rw", "m0": "rw"},
+    "external": {"param": "rw", "slow": "rw", "cached": "rw", "outer": "rw", "m0": "rw"},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    import triton
+
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
+        yield
+
+
+@functools.cache
+def compiled(target: str, kernel: str, rule: str, param: torch.dtype, grad: torch.dtype) -> Any:
+    """A kernel as the backend would have it compiled, from the second step on as from the first."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    gpu = GPUTarget("hip", target, 64) if target in AMD else GPUTarget("cuda", NVIDIA[target], 32)
+    kernels = triton_backend.kernels()
+    warps = 1 if kernel == "rows" else kernels.THREADS // gpu.warp_size
+    options = {"enable_fp_fusion": False, "num_warps": warps}
+    return triton.compile(source(kernels, kernel, rule, param, grad), target=gpu, options=options)
+
+
+def source(kernels: ModuleType, kernel: str, rule: str, param: torch.dtype, grad: torch.dtype) -> Any:
+    """A kernel for its compiler."""
+    from triton.compiler import ASTSource
+
+    types = {"fixed": "*u8", "moving": "*u8", "steps": "*fp64" if param == FP64 else "*fp32"}
+    types |= {
+        "grad_scale": "*fp32",
+        "found_inf": "*fp32",
+        "row_count": "i32",
+        "chunks_at": "i32",
+        "gradients_at": "i32",
+        "sync_now": "i32",
+    }
+    constants = {
+        "rule": kernels.RULES[rule],
+        "policy": kernels.POLICIES["lookahead"],
+        "P": kernels.DTYPES[param],
+        "G": kernels.DTYPES[grad],
+    }
+    function = getattr(kernels, kernel)
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    constants = {name: constants[name] for name in signature if signature[name] == "constexpr"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
+    return ASTSource(function, signature, constexprs=constants, attrs=aligned)
+
+
+def walks(target: str) -> Iterator[tuple[str, str, torch.dtype, torch.dtype, Any]]:
+    in_full = (*itertools.product(RULES, range(len(PATTERNS))), *FURTHER)
+    for rule, i in in_full if target in IN_FULL else IN_PART:
+        pattern = PATTERNS[i]
+        yield f"{rule} of {pattern[0]} on {target}", rule, *pattern, compiled(target, "chunks", rule, *pattern)
+
+
+def every_kernel(target: str) -> Iterator[tuple[str, Any]]:
+    for where, rule, param, grad, walk in walks(target):
+        yield where, walk
+        if param in (FP32, FP64):
+            yield f"rows of {where}", compiled(target, "rows", rule, param, grad)
+
+
+def sizes(rule: str, param: torch.dtype, grad: torch.dtype) -> dict[str, tuple[int, int]]:
+    """For each array the bytes for each element that the code reads and writes, whatever of it a step runs."""
+    compute = 8 if param == FP64 else 4
+    size = Counter({"param": param.itemsize, "grad": grad.itemsize})
+    arrays = dict(ARRAYS[rule])
+    if param.itemsize < compute:
+        arrays["master"] = "rw"
+    return {n: tuple(uses.count(use) * (size[n] or compute) for use in "rw") for n, uses in arrays.items()}  # type: ignore[misc]
+
+
+def test_what_a_walk_is_told_of_a_rule_are_constants() -> None:
+    """As the newest Triton makes of any number in a tuple that is one, and the oldest does not."""
+    from triton import JITFunction
+    from triton.language import constexpr
+
+    kernels = triton_backend.kernels()
+    for told in (*kernels.RULES.values(), *kernels.POLICIES.values()):
+        assert all(isinstance(value, (JITFunction, constexpr)) for value in told)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "was", "edited"),
+    [
+        ("chunks", "second = max_v", "second = v"),  # in a rule's update
+        ("rows", "1.0 - lr * hyper", "1.0 + lr * hyper"),  # in its prepare
+        ("chunks", "factor * (b - a)", "factor * (a - b)"),  # in what an update calls
+        ("chunks", "count // BLOCK * BLOCK", "count // BLOCK"),  # in the walk
+        ("rows", "hypers", ""),  # in the compiled module's order of hyperparameters
+    ],
+)
+def test_no_edited_kernel_is_taken_from_disk(
+    kernel: str, was: str, edited: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton keeps what it compiled under the hash of its source, and serves a later release with it."""
+
+    def key(old: str = "", new: str = "") -> str:
+        paths = [Path(str(triton_backend.kernels().__file__)).with_name(f"triton_{room}.py") for room in ROOMS]
+        texts = {path.name: path.read_text(encoding="utf-8") for path in paths}
+        assert any(old in text for text in texts.values())
+        for name, text in texts.items():
+            (tmp_path / name).write_text(text.replace(old, new) if old else text, encoding="utf-8")
+        # Not from a file of bytecode, which is told from its source by seconds and a size.
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
+        linecache.clearcache()
+        module, _ = triton_on_host.kernels_again(tmp_path)
+        found: str = source(module, kernel, "adam", FP32, FP32).hash()
+        return found
+
+    before = key()
+    assert before == key()
+    if edited:
+        assert before != key(was, edited)
+    else:
+        native = build.module("_cpu")
+        rules = {name: (found[0][::-1], found[1]) for name, found in native.rules().items()}  # type: ignore[union-attr]
+        monkeypatch.setattr(native, "rules", lambda: rules)
+        assert before != key()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# NVIDIA
+
+
+class Ptx:
+    """Which array a wide access is to, by where its address comes from."""
+
+    COLUMNS = ("param", "grad", "step", "start", "master", "slow", "cached", "outer", "m0", "m1", "m2")
+
+    def __init__(self, text: str) -> None:
+        self.lines = [re.sub(r"\s+", " ", line).strip() for line in text.splitlines()]
+        self.made: dict[str, list[str]] = {}
+        for line in self.lines:
+            found = re.match(r"(?:@!?%p\d+ )?[a-z][\w.]* \{? ?(%\w+)", line)
+            if found and not line.startswith(("st.", "bra", "setp")):
+                self.made.setdefault(found[1], []).append(line)
+
+    def accesses(self) -> Iterator[tuple[str, str, bool]]:
+        """("r" or "w", the array, whether it is masked) for every access of 16 bytes."""
+        for line in self.lines:
+            found = re.match(r"(@!?%p\d+ )?(ld|st)\.global\.v(?:4\.b32|2\.b64) .*\[ ?(%rd\d+)", line)
+            if found:
+                yield {"ld": "r", "st": "w"}[found[2]], self._array(found[3]), found[1] is not None
+
+    def _array(self, register: str) -> str:
+        found, seen, left = set(), {register}, [register]
+        while left:
+            for line in self.made.get(left.pop(), ()):
+                if ld := re.match(r"ld\.global\.b64 \{ %rd\d+ \}, \[ (%rd\d+) \+ 0 \]", line):
+                    found.add(self._column(ld[1]))
+                    continue
+                operands = set(re.findall(r"%r\w*\d+", line)) - seen
+                seen |= operands
+                left += operands
+        (name,) = found - {""}
+        return name
+
+    def _column(self, register: str) -> str:
+        """Of the word at an address: a column of a row, nothing for one in a chunk, and else a gradient's."""
+        (line,) = self.made[register]
+        offset = 0
+        if added := re.match(r"add\.s64 %rd\d+, (%rd\d+), (\d+);", line):
+            offset = int(added[2])
+            (line,) = self.made[added[1]]
+        sizes = build.module("_cpu").layout()  # type: ignore[union-attr]
+        struct = re.match(r"mad\.\S+ %rd\d+, %\w+, (\d+), %rd\d+;", line)
+        if struct is None or int(struct[1]) not in (sizes["ROW"], sizes["CHUNK"]):
+            return "grad"
+        return self.COLUMNS[offset // 8] if int(struct[1]) == sizes["ROW"] else ""
+
+
+@targets(*NVIDIA)
+def test_bytes_for_each_element(target: str) -> None:
+    """Counted per array in the unmasked path, all of it in accesses of 16 bytes. Under no mask are the arrays that
+    every row has; the others are asked for in the same accesses, by a predicate of their own."""
+    for where, rule, param, grad, walk in walks(target):
+        moved: Counter[tuple[str, str]] = Counter()
+        always: Counter[str] = Counter()
+        for use, array, masked in Ptx(walk.asm["ptx"]).accesses():
+            # 16 bytes of each of 128 threads, for 1024 elements.
+            moved[array, use] += 2
+            always[array] += 0 if masked else 2
+        expected = sizes(rule, param, grad)
+        assert {name: (moved[name, "r"], moved[name, "w"]) for name in {name for name, _ in moved}} == expected, where
+        if rule == "adam" and param == FP32:
+            assert always == {"param": 8, "grad": 4, "slow": 8, "m0": 0, "m1": 0, "m2": 0, "cached": 0, "outer": 0}
+        if rule == "adam" and param == BF16:
+            # A master takes the parameter's place where it is read.
+            assert (always["param"], always["master"]) == (2, 0)
+
+
+@targets(*NVIDIA)
+def test_ptx_rounds_operation_by_operation(target: str) -> None:
+    """So Triton's compiler allows the CPU backend's bits: nothing is fused, nothing approximate, and the root and the
+    division of the interpreter, NumPy's, are the ones that are compiled. It converts to 16 bits by rounding, which its
+    interpreter does not: see `triton_on_host`."""
+    for where, kernel in every_kernel(target):
+        text = kernel.asm["ptx"]
+        assert re.findall(r"\b(?:fma|mad)\.\w+\.f\d+|\.approx\b|\.full\b|\.ftz\b", text) == [], where
+        assert re.findall(r"\b(?:add|sub|mul|div|sqrt)\.f(?:32|64)", text) == [], where
+    for where, rule, param, _, walk in walks(target):
+        text = walk.asm["ptx"]
+        width = "f64" if param == FP64 else "f32"
+        for operation in ("div", "sqrt"):
+            assert (f"{operation}.rn.{width}" in text) == (rule in DIVIDES), where
+        if param != FP64:
+            assert "f64" not in text, where
+        if param.itemsize == 2:
+            assert re.search(r"cvt\.rn\.(bf16|f16)(x2)?\.f32", text), where
+
+
+@targets(*NVIDIA)
+def test_machine_code_spills_and_fuses_nothing(target: str, tmp_path: Path) -> None:
+    for name in ("cuobjdump", "nvdisasm"):
+        if cuda_code.tool(name) is None:
+            pytest.skip(f"{name} was found neither in triton's wheel nor on PATH")
+    for where, kernel in every_kernel(target):
+        path = tmp_path / f"{where}.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        (used,) = cuda_code.resources(path).values()
+        # Three blocks of 128 threads are resident, with four arrays' 32 bytes for each thread: 48 KiB under way. In
+        # fp64 two are, with 64 bytes.
+        most = 65536 // ((2 if "float64" in where else 3) * 128)
+        assert (used["STACK"], used["LOCAL"], used["REG"] <= most) == (0, 0, True), f"{where}: {used}"
+    for where, rule, param, *_ in walks(target):
+        # With a division or a root come sequences of fused operations that round it correctly; and 16 bits are computed
+        # in 32.
+        if rule not in DIVIDES and param in (FP32, FP64):
+            (code,) = cuda_code.kernels(tmp_path / f"{where}.cubin")
+            fused = [x for x in code.code if re.match(r"[FD]FMA", cuda_code.opcode(x)) and "-RZ, RZ" not in x]
+            assert fused == [], where
+
+
+# ------------------------------------------------------------------------------------------------------------
+# AMD
+
+
+@targets(*AMD)
+def test_amd_code(target: str) -> None:
+    """128 bits an access on the unmasked path, nothing spilled, nothing fused outside of a division or a root."""
+    for where, rule, param, grad, walk in walks(target):
+        text = walk.asm["amdgcn"]
+        reads, writes = (sum(uses) // 2 for uses in zip(*sizes(rule, param, grad).values(), strict=True))
+        # The table too is read 16 bytes at a time where its words lie side by side.
+        assert len(re.findall(r"\bglobal_load_dwordx4\b", text)) >= reads, where
+        assert len(re.findall(r"\bglobal_store_dwordx4\b", text)) == writes, where
+        if rule not in DIVIDES:
+            assert re.findall(r"\bv_(?:pk_)?(?:fma|mac)\w*", text) == [], where
+    for where, kernel in every_kernel(target):
+        text = kernel.asm["amdgcn"]
+        counts = re.findall(r"\.(?:vgpr|sgpr)_spill_count:\s*(\d+)|\.private_segment_fixed_size:\s*(\d+)", text)
+        assert len(counts) == 3, where
+        assert all(not number.strip("0") for found in counts for number in found), f"{where}: {counts}"
+        assert re.findall(r"\b(?:scratch|flat)_(?:load|store)\w*", text) == [], where

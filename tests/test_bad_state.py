@@ -1,0 +1,149 @@
+"""State that cannot be its parameter's, put there by hand or by a checkpoint of another model: every door refuses it by
+name, and nothing has changed then."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    BackendCase,
+    assert_unchanged,
+    can_set_grad_dtype,
+    make_optimizer,
+    make_params,
+    same_tensor_bits,
+    set_grad,
+    snapshot,
+)
+from runs import advance, gradients_of
+
+from lookahead_fused import Lookahead
+
+
+def step(optimizer: Any) -> None:
+    optimizer.step()
+
+
+def sync(optimizer: Any) -> None:
+    optimizer.sync()
+
+
+def slow_weights(optimizer: Any) -> None:
+    with optimizer.slow_weights():
+        pass
+
+
+DOORS = [step, sync, slow_weights]
+
+RULES = ["adamw", "sgd", "wrapped-adamw", "nadam"]
+STEP = {"nadam": "lookahead_step"}
+MOMENT = {"sgd": "momentum_buffer"}
+
+
+def make(rule: str, params: list[torch.nn.Parameter], backend: BackendCase) -> Any:
+    ours: dict[str, Any] = {"k": 2, "pullback_momentum": "pullback"}
+    if rule == "nadam":
+        return Lookahead(torch.optim.NAdam(params, lr=0.1), **ours, backend=backend.name)
+    more = {"momentum": 0.9} if rule == "sgd" else {}
+    return make_optimizer(rule, params, backend, lr=0.1, **ours, **more)
+
+
+def number(value: Any) -> Callable[[torch.Tensor], Any]:
+    return lambda count: torch.full_like(count, value)
+
+
+# Of each kind of entry, what it may be by mistake, and the error.
+TENSORS: dict[str, tuple[Callable[[torch.Tensor], Any], type[Exception], str]] = {
+    "of one output": (lambda t: t[:1].clone(), ValueError, r"shape \(4, 3\), got \(1, 3\)"),
+    "of one column": (lambda t: t[:, :1].clone(), ValueError, r"shape \(4, 3\), got \(4, 1\)"),
+    "one number": (lambda t: t.sum(), ValueError, r"shape \(4, 3\), got \(\)"),
+    "turned": (lambda t: t.t().contiguous(), ValueError, r"shape \(4, 3\), got \(3, 4\)"),
+    "flat": (lambda t: t.flatten(), ValueError, r"shape \(4, 3\), got \(12,\)"),
+    "integers": (lambda t: t.to(torch.int32), TypeError, "floating-point.*int32"),
+    "truth": (lambda t: t > 0, TypeError, "floating-point.*bool"),
+    "no tensor": (lambda t: t.tolist(), TypeError, "be a Tensor, got list"),
+}
+COUNTS: dict[str, tuple[Callable[[torch.Tensor], Any], type[Exception], str]] = {
+    "two numbers": (lambda t: torch.stack([t, t]), ValueError, r"one number >= 0, got .*\(2,\)"),
+    "none": (lambda t: t[None][:0], ValueError, r"one number >= 0, got .*\(0,\)"),
+    "complex": (lambda t: t.to(torch.complex64), ValueError, "one number >= 0, got .*complex64"),
+    "text": (lambda t: "7", TypeError, "one number >= 0, got '7' of type str"),
+    "negative": (number(-1.0), ValueError, "one number >= 0, got -1.0"),
+    "not a number": (number(float("nan")), ValueError, "one number >= 0, got nan"),
+    "infinite": (number(float("inf")), ValueError, "one number >= 0, got inf"),
+    "negative, in fp32": (lambda t: torch.tensor(-2.0), ValueError, "one number >= 0, got -2.0"),
+    "negative, no tensor": (lambda t: -1, ValueError, "one number >= 0, got -1"),
+}
+# What is seen only by looking at a number, which on a GPU would wait for it.
+LOOKED_AT = ("negative", "not a number", "infinite", "negative, in fp32")
+
+
+@pytest.mark.parametrize("by", ["hand", "load"])
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("rule", RULES)
+def test_state_that_does_not_fit_is_refused(backend: BackendCase, rule: str, door: Callable, by: str) -> None:
+    """In the last parameter, so that the ones before it would have been changed."""
+    params = make_params([(5,), (4, 3)], device=backend.device)
+    optimizer = make(rule, params, backend)
+    advance(optimizer, params, range(3))
+    good = copy.deepcopy(optimizer.state_dict())
+    count, moment = STEP.get(rule, "step"), MOMENT.get(rule, "exp_avg")
+    # Moments may be elsewhere while somebody works with the slow weights.
+    names = ["slow_param", *(() if door is slow_weights else (moment, "cached_momentum"))]
+    cases = [(name, how, *case) for name in names for how, case in TENSORS.items()]
+    cases += [(count, how, *case) for how, case in COUNTS.items()]
+    for name, how, spoil, error, message in cases:
+        if how in LOOKED_AT and backend.name not in ("cpu", "reference"):
+            continue
+        own = optimizer.state[params[1]]
+        kept = own[name]
+        if by == "hand":
+            own[name] = spoil(kept)
+        elif how in ("no tensor", "negative, no tensor", "text") or (
+            rule == "nadam" and how in ("integers", "truth", "complex")
+        ):
+            continue  # torch's own loading gives its moments the parameter's dtype
+        else:
+            bad = copy.deepcopy(good)
+            bad["state"][1][name] = spoil(kept)
+            optimizer.load_state_dict(bad)
+        before = snapshot(optimizer)
+        with pytest.raises(error, match=f"state '{name}' of parameter 1 of group 0 must .*{message}"):
+            door(optimizer)
+        assert_unchanged(before, snapshot(optimizer), f"{name}: {how}")
+        if by == "hand":
+            own[name] = kept
+        else:
+            optimizer.load_state_dict(good)
+        door(optimizer)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_parameter_with_gaps_is_cast_to_fp32(backend: BackendCase, rule: str, dtype: torch.dtype) -> None:
+    """It goes on in fp32: the run of one without gaps."""
+    wide = torch.linspace(-1, 1, 24, device=backend.device).reshape(4, 6).to(dtype)
+    params = [torch.nn.Parameter(wide[:, ::2]), torch.nn.Parameter(wide[:, ::2].contiguous())]
+    optimizers = [make(rule, [p], backend) for p in params]
+    for optimizer, p in zip(optimizers, params, strict=True):
+        for t in range(6):
+            if t in (2, 5):
+                p.grad = None
+                gaps = p.detach().new_empty(4, 6, dtype=torch.float32)[:, ::2]
+                p.data = gaps.copy_(p) if p is params[0] else p.detach().float()
+                own = optimizer.state[p]
+                own.update({name: value.float() for name, value in own.items() if value.dtype == dtype})
+            # Where this torch can have it, in fp32 all along: then nothing but the parameter changes.
+            keeps = rule == "nadam" or not can_set_grad_dtype()
+            set_grad(p, gradients_of(t, [p])[0].to(p.dtype if keeps else torch.float32))
+            optimizer.step()
+    assert params[0].dtype == torch.float32
+    assert not params[0].is_contiguous()
+    assert not torch.equal(params[0], params[0].to(dtype))
+    assert same_tensor_bits(params[0], params[1])
+    states = [dict(optimizer.state[p]) for optimizer, p in zip(optimizers, params, strict=True)]
+    assert_unchanged(*states)
