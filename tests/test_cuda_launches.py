@@ -95,9 +95,10 @@ def test_the_device_is_put_back(runtime: ctypes.CDLL) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("moved", [False, True])
 def test_host_work_of_a_step(runtime: ctypes.CDLL, moved: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """All of `optimizer.step()` but the kernels, also where gradients move: for a tensor at most what it takes Python to
-    ask for four gradients' addresses, and a fixed part of what it takes to ask for 200. A machine's clock and its load are
-    in both.
+    """All of `optimizer.step()` but the kernels, also where gradients move.
+
+    For a tensor at most what it takes Python to ask for four gradients' addresses, and a fixed part of what it takes to
+    ask for 200: that knows how fast and how busy a machine is.
 
     `pytest -n 0 -k host_work tests/test_cuda_launches.py` prints the figures.
     """
@@ -125,8 +126,8 @@ def test_host_work_of_a_step(runtime: ctypes.CDLL, moved: bool, capsys: pytest.C
     each = (many - one) / 999
     with capsys.disabled():
         print(
-            f"\ngradients {'move' if moved else 'stay'}: fixed {one * 1e6:.1f} us, for each tensor {each * 1e9:.0f} ns; "
-            f"an address {asked * 1e9:.0f} ns"
+            f"\ngradients {'move' if moved else 'stay'}: fixed {one * 1e6:.1f} us, "
+            f"for each tensor {each * 1e9:.0f} ns, an address {asked * 1e9:.0f} ns"
         )
     assert one < 200 * asked
     assert each < 4 * asked

@@ -202,12 +202,22 @@ PLANTED = {
 }
 
 
+def _recorded(name: str) -> dict[str, Any]:
+    """A baseline of a quiet minute: the gate rightly lets pass whatever lies within the spread of a busy one."""
+    for _ in range(5):
+        recorded = gate.make_ratios(gate.measure_ratios, [name], DEVICE)
+        ratio = recorded["benchmarks"][name][PLAIN]
+        if ratio["spread"] <= 0.15 * ratio["median"]:
+            return recorded
+    pytest.skip(f"others use this machine: ratios of times spread by {ratio['spread'] / ratio['median']:.0%}")
+
+
 @pytest.fixture(scope="module", params=PLANTED)
 def watched(request: pytest.FixtureRequest, one_thread: None) -> Iterator[Watched]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(parameters.CASES, "planted", parameters.Case("8 tensors", parameters.equal(8, 1 << 19)))
         patch.setitem(steps.COMPARISONS, request.param, PLANTED[request.param])
-        yield Watched(request.param, gate.make_ratios(gate.measure_ratios, [request.param], DEVICE))
+        yield Watched(request.param, _recorded(request.param))
 
 
 @pytest.mark.slow
