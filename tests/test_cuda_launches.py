@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+import statistics
 import time
 from collections import Counter
 
@@ -97,17 +98,18 @@ def test_the_device_is_put_back(runtime: ctypes.CDLL) -> None:
 def test_host_work_of_a_step(runtime: ctypes.CDLL, moved: bool, capsys: pytest.CaptureFixture[str]) -> None:
     """All of `optimizer.step()` but the kernels, also where gradients move.
 
-    For a tensor at most what it takes Python to ask for four gradients' addresses, and a fixed part of what it takes to
-    ask for 200: that knows how fast and how busy a machine is.
+    For a tensor less than what it takes Python to ask for three gradients' addresses in the same moment, and a fixed
+    part of what it takes to ask for 200: that knows how fast and how busy a machine is. One call of Python's for each
+    tensor would make 3.9 of it.
 
     `pytest -n 0 -k host_work tests/test_cuda_launches.py` prints the figures.
     """
 
-    def seconds(count: int) -> tuple[float, float]:
+    def seconds(count: int) -> tuple[float, float, float]:
         params = make_params([(3,)] * count)
         optimizer = make_optimizer("adamw", params, HOST)
         sets = [make_grads(params, generator=seeded(t)) for t in range(2)]
-        best = asked = 1.0
+        taken, asked = [], []
         for t in range(60):
             if t == 0 or moved:
                 for p, g in zip(params, sets[t % 2], strict=True):
@@ -116,21 +118,22 @@ def test_host_work_of_a_step(runtime: ctypes.CDLL, moved: bool, capsys: pytest.C
             runtime.control_idle(True)
             start = time.perf_counter()
             optimizer.step()
-            best = min(best, time.perf_counter() - start)
-            asked = min(asked, seconds_to_ask_for_addresses(params))
+            taken.append(time.perf_counter() - start)
+            asked.append(seconds_to_ask_for_addresses(params))
         assert calls().count("cudaMemcpyAsync") == moved
-        return best, asked / count
+        # Of neighbours in time: a machine's clock changes from one moment to the next.
+        beside = statistics.median(t / a for t, a in zip(taken, asked, strict=True))
+        return min(taken), min(asked) / count, beside
 
     # Of more, what describes the tensors does not fit a core's caches, and memory is what is measured.
-    (one, _), (many, asked) = seconds(1), seconds(1000)
-    each = (many - one) / 999
+    (one, *_), (many, asked, each) = seconds(1), seconds(1000)
     with capsys.disabled():
         print(
             f"\ngradients {'move' if moved else 'stay'}: fixed {one * 1e6:.1f} us, "
-            f"for each tensor {each * 1e9:.0f} ns, an address {asked * 1e9:.0f} ns"
+            f"for each tensor {(many - one) / 999 * 1e9:.0f} ns, {each:.2f} times an address's"
         )
     assert one < 200 * asked
-    assert each < 4 * asked
+    assert each < 3
 
 
 # ------------------------------------------------------------------------------------------------------------

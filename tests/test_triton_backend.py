@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import mmap
+import statistics
 import time
 import types
 from collections import Counter
@@ -283,32 +284,36 @@ def test_one_compilation_for_any_value(driver: type[Driver]) -> None:
 @needs_triton
 @pytest.mark.slow
 def test_host_work_of_a_step(driver: type[Driver], capsys: pytest.CaptureFixture[str]) -> None:
-    """All of Python's and Triton's part of two launches: for a tensor at most what it takes Python to ask for six
-    gradients' addresses, and a fixed part of what it takes to ask for 1000."""
+    """All of Python's and Triton's part of two launches.
 
-    def seconds(count: int) -> tuple[float, float]:
+    For a tensor less than 3.7 times what it takes Python to ask for a gradient's address in the same moment, and a
+    fixed part of what it takes to ask for 1000. One call of Python's for each tensor would make 4.3 of it.
+    """
+
+    def seconds(count: int) -> tuple[float, float, float]:
         params = make_params([(3,)] * count)
         optimizer = make_optimizer("adamw", params, HOST)
         set_grads(params, 1)
         optimizer.step()
-        best = asked = 1.0
+        taken, asked = [], []
         for _ in range(100):
             start = time.perf_counter()
             optimizer.step()
-            best = min(best, time.perf_counter() - start)
-            asked = min(asked, seconds_to_ask_for_addresses(params))
-        return best, asked / count
+            taken.append(time.perf_counter() - start)
+            asked.append(seconds_to_ask_for_addresses(params))
+        # Of neighbours in time: a machine's clock changes from one moment to the next.
+        beside = statistics.median(t / a for t, a in zip(taken, asked, strict=True))
+        return min(taken), min(asked) / count, beside
 
     # Of more, what describes the tensors does not fit a core's caches, and memory is what is measured.
-    (one, _), (many, asked) = seconds(1), seconds(1000)
-    each = (many - one) / 999
+    (one, *_), (many, asked, each) = seconds(1), seconds(1000)
     with capsys.disabled():
         print(
-            f"\nTriton, host work: fixed {one * 1e6:.0f} us, for each tensor {each * 1e9:.0f} ns; "
-            f"an address {asked * 1e9:.0f} ns"
+            f"\nTriton, host work: fixed {one * 1e6:.0f} us, "
+            f"for each tensor {(many - one) / 999 * 1e9:.0f} ns, {each:.2f} times an address's"
         )
     assert one < 1000 * asked
-    assert each < 6 * asked
+    assert each < 3.7
 
 
 def test_copies_of_an_optimizer_share_nothing(host: Any) -> None:

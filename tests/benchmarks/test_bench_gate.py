@@ -203,13 +203,17 @@ PLANTED = {
 
 
 def _recorded(name: str) -> dict[str, Any]:
-    """A baseline of a quiet minute: the gate rightly lets pass whatever lies within the spread of a busy one."""
-    for _ in range(5):
-        recorded = gate.make_ratios(gate.measure_ratios, [name], DEVICE)
+    """A baseline of a quiet minute, or of the quietest of five: the gate rightly lets pass whatever lies within the
+    spread of a busy one."""
+
+    def spread(recorded: dict[str, Any]) -> float:
         ratio = recorded["benchmarks"][name][PLAIN]
-        if ratio["spread"] <= 0.15 * ratio["median"]:
-            return recorded
-    pytest.skip(f"others use this machine: ratios of times spread by {ratio['spread'] / ratio['median']:.0%}")
+        return float(ratio["spread"] / ratio["median"])
+
+    tried: list[dict[str, Any]] = []
+    while len(tried) < 5 and not any(spread(recorded) <= 0.15 for recorded in tried):
+        tried.append(gate.make_ratios(gate.measure_ratios, [name], DEVICE))
+    return min(tried, key=spread)
 
 
 @pytest.fixture(scope="module", params=PLANTED)
