@@ -19,6 +19,7 @@ _import_error: Exception | None = None
 
 try:
     from . import _build as build
+    from ._averaging import GPA, ScheduleFree
     from ._ema import EMA
     from ._lookahead import Lookahead
     from ._optimizers import (
@@ -41,6 +42,7 @@ try:
     for _public in (
         BackendStatus,
         EMA,
+        GPA,
         Lookahead,
         LookaheadAdam,
         LookaheadAdamW,
@@ -48,6 +50,7 @@ try:
         LookaheadRAdam,
         LookaheadRMSprop,
         LookaheadSGD,
+        ScheduleFree,
     ):
         _public.__module__ = __name__
 except Exception as error:  # a torch whose libraries do not load raises an OSError
@@ -58,6 +61,7 @@ except Exception as error:  # a torch whose libraries do not load raises an OSEr
 
 __all__ = [
     "EMA",
+    "GPA",
     "BackendStatus",
     "Lookahead",
     "LookaheadAdam",
@@ -66,6 +70,7 @@ __all__ = [
     "LookaheadRAdam",
     "LookaheadRMSprop",
     "LookaheadSGD",
+    "ScheduleFree",
     "__version__",
     "backends",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _checkpoint as checkpoint
-from ._rows import OURS
+from ._policies import MASTER
 from ._table import Table
 
 
@@ -79,15 +79,22 @@ class BaseDoor:
     @torch.no_grad()
     def _before_step(self, base: Optimizer, args: Any, kwargs: Any) -> None:
         """Gives the base's state the dtypes in which torch keeps it, where the base itself is about to step."""
-        if self._wrapper() is None or self._held:
+        wrapper = self._wrapper()
+        if wrapper is None or self._held:
             return
         for group in base.param_groups:
             for param in group["params"]:
                 own = base.state.get(param, {})
                 if param.grad is None or not isinstance(own, dict):
                     continue
+                # The base steps the parameter: its master begins anew from that.
+                own.pop(MASTER, None)
                 for name, value in own.items():
-                    if name in OURS or not isinstance(value, Tensor) or not value.is_floating_point():
+                    if (
+                        name in wrapper._table.policy.entries
+                        or not isinstance(value, Tensor)
+                        or not value.is_floating_point()
+                    ):
                         continue
                     dtype = torch.float32 if name == "step" else param.dtype
                     if value.dtype != dtype:

@@ -20,9 +20,10 @@ class EMA(Wrapper):
 
     `param_groups`, `state` and `defaults` are the base's, so that it does not matter whether a scheduler, a hook or a
     checkpoint is attached to the base or to this, or when; its other public methods and attributes can be reached here
-    too. The settings are kept in the groups as `ema_decay`, `ema_every`, `ema_start`, `ema_warmup` and `ema_backend`,
-    and may be set there per group; the state beside the base's, as `slow_param` and `average_start`, and over an
-    optimizer that is not fused `ema_step`. The base may be stepped alone again at any time.
+    too. The settings are kept in the groups as `ema_decay`, `ema_every`, `ema_start`, `ema_warmup`,
+    `ema_master_weights` and `ema_backend`, and may be set there per group; the state beside the base's, as `slow_param`
+    and `average_start`, and over an optimizer that is not fused `ema_step`. The base may be stepped alone again at any
+    time.
 
     Args:
         base_optimizer: The optimizer that makes the inner steps.
@@ -33,6 +34,8 @@ class EMA(Wrapper):
             before the first. In a run that goes on without an average (of a checkpoint of the base) it begins where it
             was made, if that is later. Before, `slow_weights()` changes nothing.
         warmup: At the n-th event d = min(decay, (1 + n) / (10 + n)); not with "uniform".
+        master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate. Not around an
+            optimizer whose step is its own.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
 
     Raises:
@@ -57,6 +60,15 @@ class EMA(Wrapper):
         every: int = 1,
         start: int = 0,
         warmup: bool = False,
+        master_weights: bool = False,
         backend: str = "auto",
     ) -> None:
-        super().__init__(base_optimizer, decay=decay, every=every, start=start, warmup=warmup, backend=backend)
+        super().__init__(
+            base_optimizer,
+            decay=decay,
+            every=every,
+            start=start,
+            warmup=warmup,
+            master_weights=master_weights,
+            backend=backend,
+        )

@@ -18,7 +18,7 @@ import torch
 
 from ._tensors import check_memory
 
-BELOW_ONE = math.nextafter(1.0, 0.0)
+BELOW_ONE, ABOVE_ZERO = math.nextafter(1.0, 0.0), math.nextafter(0.0, 1.0)
 # The largest k that is told from a larger one: no count of updates in fp64 gets there.
 LARGEST_PERIOD = 2**53
 

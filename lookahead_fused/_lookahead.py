@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _policies as policies
-from ._rows import OURS, SLOW
 from ._slow_weights import Interpolating
 from ._table import Table
 from ._wrapper import FIRST_MOMENTS, Wrapper
@@ -25,10 +24,11 @@ class Lookahead(Wrapper, Interpolating):
     `param_groups`, `state` and `defaults` are the base's, so that it does not matter whether a scheduler, a hook or a
     checkpoint is attached to the base or to this, or when; its other public methods and attributes can be reached here
     too. Lookahead's settings are kept in the groups as `lookahead_k`, `lookahead_alpha`, `lookahead_pullback_momentum`,
-    `lookahead_outer_momentum`, `lookahead_outer_nesterov` and `lookahead_backend`, and may be set there per group; its
-    state beside the base's, as `slow_param`, for pullback `cached_momentum`, for outer momentum
-    `outer_momentum_buffer`, and over an optimizer that is not fused `lookahead_step`. The base may be stepped alone
-    again at any time: it then finds its state in the dtypes that torch keeps it in.
+    `lookahead_outer_momentum`, `lookahead_outer_nesterov`, `lookahead_master_weights` and `lookahead_backend`, and may
+    be set there per group; its state beside the base's, as `slow_param`, for pullback `cached_momentum`, for outer
+    momentum `outer_momentum_buffer`, for a master `master_param`, and over an optimizer that is not fused
+    `lookahead_step`. The base may be stepped alone again at any time: it then finds its state in the dtypes that torch
+    keeps it in.
 
     Args:
         base_optimizer: The optimizer that makes the inner steps.
@@ -40,6 +40,8 @@ class Lookahead(Wrapper, Interpolating):
             phi <- phi - alpha (s + mu b) (SNOO, arXiv 2510.15830; DiLoCo's outer step, arXiv 2311.08105). 0 keeps no
             buffer.
         outer_nesterov: False leaves Nesterov's form: phi <- phi - alpha b.
+        master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate. Not around an
+            optimizer whose step is its own.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
 
     Raises:
@@ -60,6 +62,7 @@ class Lookahead(Wrapper, Interpolating):
         *,
         outer_momentum: float = 0.0,
         outer_nesterov: bool = True,
+        master_weights: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__(
@@ -69,6 +72,7 @@ class Lookahead(Wrapper, Interpolating):
             pullback_momentum=pullback_momentum,
             outer_momentum=outer_momentum,
             outer_nesterov=outer_nesterov,
+            master_weights=master_weights,
             backend=backend,
         )
 
@@ -83,7 +87,7 @@ class Lookahead(Wrapper, Interpolating):
                 base does not keep. Nothing has changed then.
         """
         self._complete_groups()
-        if not self._is_fused and any(SLOW in own and self._has_begun(own) for own in self._states()):
+        if not self._is_fused and any(self.policy.slow in own and self._has_begun(own) for own in self._states()):
             self._find_first_moment()
         super().sync()
 
@@ -97,9 +101,11 @@ class Lookahead(Wrapper, Interpolating):
         mode = next((group[pullback] for group in self.param_groups if self.policy.acts_on_moment(group)), None)
         if mode is None:
             return
-        ours = {*OURS, self._table.rule.step_name}
+        ours = {*self.policy.entries, self._table.rule.step_name}
         # Where slow weights have begun beside nothing, the base has stepped and keeps nothing.
-        states = [own for own in self._states() if own.keys() - ours or (SLOW in own and self._has_begun(own))]
+        states = [
+            own for own in self._states() if own.keys() - ours or (self.policy.slow in own and self._has_begun(own))
+        ]
         names = {name for own in states for name in FIRST_MOMENTS if isinstance(own.get(name), Tensor)}
         if not names:
             if not states and not made:

@@ -25,14 +25,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ._hyperparameters import Argument, check_step
-from ._policies import Policy
+from ._policies import CACHED, MASTER, NUMBERS, Policy
 from ._rows import (
-    CACHED,
-    MASTER,
-    OURS,
-    OUTER,
-    SLOW,
-    START,
     Row,
     by_operators,
     check_row,
@@ -123,7 +117,7 @@ class CompiledPart:
         self.spec = spec
         self.module = module
         self._step_pass, self._sync_pass = (module.PASSES[pass_.value] for pass_ in (Pass.STEP, Pass.SYNC))
-        self._entries = _entries(module, spec.rule)
+        self._entries = _entries(module, spec.rule, spec.policy)
         self.table = module.Table(
             tensor_type=Tensor,
             fastest=getattr(module.Way, spec.tuning.way),
@@ -153,9 +147,9 @@ class CompiledPart:
         if id(row.group) not in self._groups:
             self._groups[id(row.group)] = self.table.add_group(row.group)
         copy = row.param if row.is_copy else None
-        used = {self.spec.rule.step_name: row.step, MASTER: row.master, SLOW: row.slow}
-        used |= {CACHED: row.cached_moment, OUTER: row.outer_momentum, START: row.average_start}
-        used |= row.moments
+        policy = self.spec.policy
+        used = {self.spec.rule.step_name: row.step, MASTER: row.master, policy.slow: row.slow}
+        used |= {CACHED: row.cached_moment, policy.companion: row.companion, **row.numbers, **row.moments}
         self.table.add_row(
             owner=row.owner,
             copy=copy,
@@ -243,7 +237,7 @@ class PlainPart:
             check_step(spec.arguments, group)
             spec.policy.check(group)
             own = state.get(owner, {})
-            if own.get(SLOW) is None if pass_ is Pass.SYNC else owner.grad is None:
+            if own.get(spec.policy.slow) is None if pass_ is Pass.SYNC else owner.grad is None:
                 continue
             if self._switches(group) != switches or local_tensor(owner).device != spec.device:
                 return False
@@ -339,7 +333,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @functools.lru_cache(64)
-def _entries(module: ModuleType, rule: Rule) -> tuple[str | None, ...]:
+def _entries(module: ModuleType, rule: Rule, policy: Policy) -> tuple[str | None, ...]:
     """For each column of a row the name of its entry in a parameter's state, in the compiled module's order.
 
     Raises:
@@ -348,10 +342,14 @@ def _entries(module: ModuleType, rule: Rule) -> tuple[str | None, ...]:
     hypers, moments = module.rules()[rule.name]
     ours = tuple(slot for argument in rule.arguments for slot in argument.slots)
     names = iter(rule.moments)
-    renamed = {"param": None, "grad": None, "step": rule.step_name, **{name: name for name in OURS}}
     columns = [name for name, *_ in module.columns()]
+    # What a policy does not have has no name in its state.
+    renamed: dict[str, str | None] = {name: name for name in (*policy.numbers, CACHED, MASTER)}
+    renamed |= {"step": rule.step_name, "slow": policy.slow, "companion": policy.companion or None}
+    renamed = {**dict.fromkeys(("param", "grad", *NUMBERS)), **renamed}
     known = {name for name in columns if name is not None} == renamed.keys()
-    if not known or set(hypers) != set(ours) or (rule.reads_gradient and tuple(moments) != rule.moments):
+    differs = rule.reads_gradient and (set(hypers) != set(ours) or tuple(moments) != rule.moments)
+    if not known or differs:
         raise RuntimeError(
             f"{module.__name__} was built from other sources than this package: its rule {rule.name!r} has "
             f"{hypers} and {moments}, and its rows {columns}; install lookahead_fused again"

@@ -1,6 +1,6 @@
 """What the optimizers know of each policy, which is what becomes of slow weights after the inner step.
 
-The mathematics stands in `csrc/slow`, `backends/triton_rules.py` and `backends/reference.py`.
+The mathematics stands in `csrc/slow`, `backends/triton_policies.py` and `backends/reference.py`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ._hyperparameters import BELOW_ONE, LARGEST_PERIOD, Argument, Number, Switch, one_of
+import torch
 
+from ._hyperparameters import ABOVE_ZERO, BELOW_ONE, LARGEST_PERIOD, Argument, Number, Switch, one_of
+
+# State names of every policy's: the first moment as the last event left it, the compute dtype's copy of a parameter in
+# 16 bits, and how many updates there had been when the slow weights were made.
+CACHED, MASTER, START = "cached_momentum", "master_param", "average_start"
+# The numbers that a policy may keep for a parameter, in the compiled modules' order: the second says where the weights
+# lie between z and x, as the last step left them.
+NUMBERS = (START, "y_interp", "weight_sum", "lr_max")
 UNIFORM = "uniform"
 PULLBACK_MODES = ("none", "pullback", "reset")
 
@@ -34,8 +42,24 @@ class Policy:
     prefix: str = ""
     # Under which every backend has it.
     name: ClassVar[str]
-    # Its events are counted from where the slow weights were made, which is kept in the state.
-    keeps_start: ClassVar[bool] = False
+    # State names: of the slow weights, of what may stand beside them, and of the numbers that it keeps for a parameter.
+    slow: ClassVar[str] = "slow_param"
+    companion: ClassVar[str] = ""
+    numbers: ClassVar[tuple[str, ...]] = ()
+    # The weights lie between z and an average x of it, at every step, and `slow` is z.
+    averages: ClassVar[bool] = False
+    # It weighs by the learning rate, also of an optimizer that is not ours.
+    reads_lr: ClassVar[bool] = False
+
+    @property
+    def as_large(self) -> tuple[str, ...]:
+        """What may stand in a parameter's state beside the inner optimizer's own, as large as the parameter."""
+        return (self.slow, *((self.companion,) if self.companion else ()), CACHED, MASTER)
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """All that may stand there."""
+        return (*self.as_large, *self.numbers)
 
     @property
     def arguments(self) -> tuple[Argument, ...]:
@@ -81,9 +105,12 @@ class Policy:
         """Whether the first moment of the last event is kept."""
         return False
 
-    def has_outer_momentum(self, group: Mapping[str, Any]) -> bool:
-        """Whether the slow weights have a momentum of their own."""
+    def has_companion(self, group: Mapping[str, Any], reads_gradient: bool) -> bool:
+        """Whether something stands beside the slow weights; `reads_gradient` tells whether the inner step is ours."""
         return False
+
+    def check_dtype(self, name: str, dtype: torch.dtype, has_master: bool) -> None:
+        """Raises TypeError for a parameter whose dtype has too few bits for the policy."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +121,7 @@ class Lookahead(Policy):
     """
 
     name = "lookahead"
+    companion = "outer_momentum_buffer"
     alpha_name: str = "alpha"
 
     @property
@@ -148,7 +176,11 @@ class Lookahead(Policy):
         return bool(group[self.pullback_momentum] == "pullback")
 
     def has_outer_momentum(self, group: Mapping[str, Any]) -> bool:
+        """Whether the slow weights have a momentum of their own."""
         return bool(group.get(self.outer_momentum, 0.0) != 0)
+
+    def has_companion(self, group: Mapping[str, Any], reads_gradient: bool) -> bool:
+        return self.has_outer_momentum(group)
 
 
 @dataclass(frozen=True)
@@ -172,7 +204,8 @@ class Ema(Policy):
     """The slow weights follow the weights, which do not follow them."""
 
     name = "ema"
-    keeps_start = True
+    # Its events are counted from where the average was made.
+    numbers = (START,)
 
     @property
     def decay(self) -> str:
@@ -212,3 +245,62 @@ class Ema(Policy):
 
     def an_event(self, group: Mapping[str, Any]) -> int:
         return int(group[self.start] + group[self.every])
+
+
+_INTERPOLATION = Number("a float in (0, 1]", at_least=ABOVE_ZERO, at_most=1.0, binds=True)
+
+
+@dataclass(frozen=True)
+class Averaging(Policy):
+    """The weights lie between a sequence z, which the inner optimizer steps, and an average x of it."""
+
+    slow = "z"
+    # Kept where the inner step is not ours; else it follows from the weights and z.
+    companion = "x"
+    averages = True
+
+    def has_companion(self, group: Mapping[str, Any], reads_gradient: bool) -> bool:
+        return not reads_gradient
+
+    def an_event(self, group: Mapping[str, Any]) -> int:
+        return 1
+
+    def check_dtype(self, name: str, dtype: torch.dtype, has_master: bool) -> None:
+        if dtype in (torch.bfloat16, torch.float16) and not has_master:
+            raise TypeError(
+                f"{name} must have {self.master_weights}=True with {str(dtype).removeprefix('torch.')}, or be float32 "
+                "or float64: the average follows from the weights, and 16 bits are too few for that"
+            )
+
+
+@dataclass(frozen=True)
+class Gpa(Averaging):
+    """The average moves a fixed share of the way."""
+
+    name = "gpa"
+    numbers = ("y_interp",)
+
+    @property
+    def arguments(self) -> tuple[Argument, ...]:
+        eval_interp = Number("a float in [0, 1]", at_least=0.0, at_most=1.0, binds=True)
+        return tuple(
+            Argument(self.prefix + name, kind, (name,), name=name)
+            for name, kind in (("train_interp", _INTERPOLATION), ("eval_interp", eval_interp))
+        )
+
+
+@dataclass(frozen=True)
+class ScheduleFree(Averaging):
+    """The average is the mean of all z, weighted by step and learning rate."""
+
+    name = "schedule_free"
+    numbers = ("y_interp", "weight_sum", "lr_max")
+    reads_lr = True
+
+    @property
+    def arguments(self) -> tuple[Argument, ...]:
+        power = Number("an int >= 0", at_least=0, whole=True, binds=True)
+        return tuple(
+            Argument(self.prefix + name, kind, (name,), name=name)
+            for name, kind in (("interp", _INTERPOLATION), ("r", power), ("weight_lr_power", power))
+        )

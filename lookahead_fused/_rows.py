@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._policies import Policy
+from ._policies import CACHED, MASTER, START, Policy
 from ._rules import Rule
 from ._tensors import (
     check_gradient,
@@ -30,13 +30,6 @@ from ._tensors import (
 )
 from ._torch import is_dtensor, is_plain
 
-SLOW, CACHED, OUTER, MASTER = "slow_param", "cached_momentum", "outer_momentum_buffer", "master_param"
-# How many updates there had been when the slow weights were made.
-START = "average_start"
-# What stands in a parameter's state beside the inner optimizer's own: as large as it, or one number.
-_AS_LARGE = frozenset((SLOW, CACHED, OUTER, MASTER))
-OURS = _AS_LARGE | {START}
-
 
 @dataclass
 class Row:
@@ -52,11 +45,12 @@ class Row:
     param: Tensor
     gradient: Tensor | None
     step: Tensor
-    average_start: Tensor | None
+    # The policy's, by their state names.
+    numbers: dict[str, Tensor]
     slow: Tensor
+    companion: Tensor | None
     moments: dict[str, Tensor]
     cached_moment: Tensor | None
-    outer_momentum: Tensor | None
     master: Tensor | None
     moments_loaded: bool
     made: dict[str, Any]
@@ -97,12 +91,12 @@ class Row:
 
     def copied(self, step: int) -> Row:
         """The same numbers in memory of their own, after so many steps."""
-        names = ("param", "slow", "cached_moment", "outer_momentum", "master")
+        names = ("param", "slow", "companion", "cached_moment", "master")
         tensors: dict[str, Any] = {name: None if (t := getattr(self, name)) is None else t.clone() for name in names}
         moments = {name: moment.clone() for name, moment in self.moments.items()}
         count = torch.tensor(float(step), dtype=torch.float64, device=self.step.device)
-        start = None if self.average_start is None else torch.zeros_like(count)
-        return replace(self, **tensors, moments=moments, step=count, average_start=start)
+        zeros = {name: torch.zeros_like(count) for name in self.numbers}
+        return replace(self, **tensors, moments=moments, step=count, numbers=zeros)
 
     def read_in(self) -> None:
         """Takes over what a row before it wrote into an owner that `param` is a copy of."""
@@ -184,13 +178,16 @@ def _make_row(
         elif used and isinstance(state.get(moment), Tensor):
             moments[moment] = local_tensor(state[moment])
     master = None
-    if group.get(policy.master_weights) and param.dtype != dtype:
+    if rule.reads_gradient and group.get(policy.master_weights) and param.dtype != dtype:
         master = own.tensor(MASTER, dtype, param)
-    slow = own.tensor(SLOW, dtype, param if master is None else master)
+    current = param if master is None else master
+    slow = own.tensor(policy.slow, dtype, current)
     # What is left beside slow weights that start anew is as old as they were.
-    restarts = rule.reads_gradient and state.get(SLOW) is None
-    average_start = own.counter(START, step, restarts) if policy.keeps_start else None
-    outer_momentum = own.tensor(OUTER, dtype, None, restarts) if policy.has_outer_momentum(group) else None
+    restarts = rule.reads_gradient and state.get(policy.slow) is None
+    number_of = {name: own.counter(name, step if name == START else None, restarts) for name in policy.numbers}
+    companion = None
+    if policy.has_companion(group, rule.reads_gradient):
+        companion = own.tensor(policy.companion, dtype, current if policy.averages else None, restarts)
     cached_moment = None
     first = moments.get(rule.moments[0])
     if first is not None and policy.caches_moment(group):
@@ -207,11 +204,11 @@ def _make_row(
         param,
         gradient,
         step,
-        average_start,
+        number_of,
         slow,
+        companion,
         moments,
         cached_moment,
-        outer_momentum,
         master,
         moments_loaded,
         own.made,
@@ -236,10 +233,9 @@ def check_state(
             have taken the memory of the others.
     """
     looks = rule.reads_gradient or all(rule.moments_in_use(group))
-    for key in (*(rule.moments if looks else ()), *(_AS_LARGE - {SLOW})):
-        _check_entry(param, state, key, name, read is None or key in read)
-    _check_entry(param, state, SLOW, name, True)
-    for key in (rule.step_name, START):
+    for key in (*(rule.moments if looks else ()), *policy.as_large):
+        _check_entry(param, state, key, name, read is None or key in read or key == policy.slow)
+    for key in (rule.step_name, *policy.numbers):
         _check_count(state.get(key), key, name)
 
 
@@ -300,6 +296,7 @@ def check_row(
 ) -> None:
     """Raises TypeError or ValueError for a parameter that a pass cannot advance; nothing has changed then."""
     check_parameter(owner, name, takes_complex=not rule.reads_gradient)
+    policy.check_dtype(name, owner.dtype, bool(group.get(policy.master_weights)))
     check_state(owner, state, rule, policy, group, name, read)
     if rule.reads_gradient and owner.grad is not None:
         check_gradient(owner.grad, owner, name)
@@ -307,7 +304,7 @@ def check_row(
 
 def read_in_a_sync(group: Any, rule: Rule, policy: Policy) -> Container[str]:
     """Which entries a sync has to do with, besides the slow weights and the count."""
-    return {*OURS, *(rule.moments[:1] if policy.acts_on_moment(group) else ())}
+    return {*policy.entries, *(rule.moments[:1] if policy.acts_on_moment(group) else ())}
 
 
 def start_slow(
@@ -317,12 +314,31 @@ def start_slow(
     many updates."""
     local = local_tensor(owner)
     own = _State(owner, local if is_dense(local) else copy_in_layout(local, local, local.dtype), {})
-    own.tensor(SLOW, compute_dtype(local.dtype), local)
-    if policy.has_outer_momentum(group):
-        own.tensor(OUTER, compute_dtype(local.dtype), None)
-    if policy.keeps_start:
-        own.counter(START, count)
+    own.tensor(policy.slow, compute_dtype(local.dtype), local)
+    if policy.has_companion(group, reads_gradient=False):
+        own.tensor(policy.companion, compute_dtype(local.dtype), local if policy.averages else None)
+    for name in policy.numbers:
+        own.counter(name, count if name == START else None)
     return {**own.made, **(start_cached(owner, moment) if policy.caches_moment(group) else {})}
+
+
+def average_of(param: Tensor, own: Mapping[str, Any], policy: Policy, has_master: bool) -> Tensor:
+    """x beside a parameter that is y; it is kept where the inner step is not ours, and follows from y and z elsewhere.
+
+    Its numbers are those that the next step would find: see `csrc/slow/averaging.h`.
+    """
+    kept = own.get(policy.companion)
+    if isinstance(kept, Tensor):
+        return kept
+    local, z = local_tensor(param), local_tensor(own[policy.slow])
+    y = local_tensor(own[MASTER]) if has_master and isinstance(own.get(MASTER), Tensor) else local
+    y = y.to(z.dtype)
+    place = own.get("y_interp")
+    if place is None:
+        return y.clone()
+    place = torch.as_tensor(place, dtype=torch.float64, device=z.device)
+    recovery = torch.where(place > 0, (1.0 - place) / torch.where(place > 0, place, 1.0), 0.0).to(z.dtype)
+    return y + recovery * (y - z)
 
 
 def start_cached(owner: Tensor, moment: Tensor | None) -> dict[str, Any]:

@@ -129,17 +129,18 @@ LION = Rule(
 )
 
 
-def external(moment: str, acts_on_moment: Callable[[Group], bool], step_name: str) -> Rule:
+def external(moment: str, acts_on_moment: Callable[[Group], bool], step_name: str, reads_lr: bool = False) -> Rule:
     """The rule of an inner optimizer that is not ours: its step is done, and what is left is the policy's.
 
     Args:
         moment: The state name of the first moment, which is looked at only where the policy acts on it.
         acts_on_moment: Whether the policy of a parameter group does.
         step_name: The state name of the policy's own count of steps; the other optimizer need not keep one.
+        reads_lr: The policy weighs by the learning rate, 1 in a group that has none.
     """
     return Rule(
         name="external",
-        arguments=(),
+        arguments=(replace(_LR, default=1.0),) if reads_lr else (),
         moments=(moment,),
         moments_in_use=lambda group: (acts_on_moment(group),),
         step_name=step_name,

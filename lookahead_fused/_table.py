@@ -19,7 +19,7 @@ from ._hyperparameters import check, check_step
 from ._interrupts import uninterrupted
 from ._parts import Part, Pass, PlainPart, Spec, State, Tuning, layers
 from ._policies import Policy
-from ._rows import SLOW, Row, check_row, check_state, make_row, moments_were_loaded, parameter_name
+from ._rows import Row, average_of, check_row, check_state, make_row, moments_were_loaded, parameter_name
 from ._rules import Rule
 from ._tensors import check_memory, local_tensor
 from ._torch import Gradless, dispatch_mode_is_on, is_plain
@@ -65,9 +65,21 @@ class Table:
         check(self.arguments, group)
         self.rule.check(group)
         self.policy.check(group)
+        self.check_master(group, self.policy.master_weights)
+        for param in group.get("params", ()):
+            if isinstance(param, Tensor):
+                self.policy.check_dtype("a parameter", param.dtype, bool(group.get(self.policy.master_weights)))
         needs = self.rule.first_moment_needs
         if needs and self.policy.acts_on_moment(group) and not self.rule.moments_in_use(group)[0]:
             raise self.policy.no_first_moment(group, f"{needs}={group[needs]!r}")
+
+    def check_master(self, group: Mapping[str, Any], name: str) -> None:
+        """Raises ValueError for a master that nothing would step; `name` is what its user calls the setting."""
+        if group.get(self.policy.master_weights) and not self.rule.reads_gradient:
+            raise ValueError(
+                f"{name} must be False around an optimizer whose step is its own, got True: it would step the "
+                "parameters, and not their master"
+            )
 
     def invalidate(self) -> None:
         """Forgets all that was derived from state that has been replaced."""
@@ -116,13 +128,21 @@ class Table:
         found = []
         for param, name, group in _members(groups):
             own = state.get(param)
-            if not isinstance(own, Mapping) or own.get(SLOW) is None:
+            if not isinstance(own, Mapping) or own.get(self.policy.slow) is None:
                 continue
             check_memory(local_tensor(param), name)
             check_state(param, own, self.rule, self.policy, group, name, read=())
-            found.append((param, own[SLOW], own.get(self.rule.step_name), self.policy.begins(group)))
+            found.append(
+                (param, self._slow_of(param, own, group), own.get(self.rule.step_name), self.policy.begins(group))
+            )
         begun = _have_reached([count for _, _, count, _ in found], [begins for *_, begins in found])
         return [(param, slow) for (param, slow, _, _), has in zip(found, begun, strict=True) if has]
+
+    def _slow_of(self, param: Tensor, own: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+        slow: Tensor = own[self.policy.slow]
+        if not self.policy.averages:
+            return slow
+        return average_of(param, own, self.policy, bool(group.get(self.policy.master_weights)))
 
     def _run(
         self,
@@ -210,7 +230,9 @@ class Table:
     ) -> dict[tuple[Any, ...], Part]:
         """Parts with a row for each parameter that takes part in a pass and has none yet."""
         known: Mapping[int, Any] = {} if operators else self._rows
-        members = [m for m in _members(groups) if id(m[0]) not in known and _takes_part(m[0], state, pass_)]
+        members = [
+            m for m in _members(groups) if id(m[0]) not in known and _takes_part(m[0], state, self.policy, pass_)
+        ]
         for group in groups:
             check_step(self.arguments, group)
             self.policy.check(group)
@@ -259,6 +281,7 @@ class Table:
                     "with memory"
                 )
         check_row(param, name, group, state.get(param, {}), self.rule, self.policy)
+        self.check_master(group, self.policy.master_weights)
         key = self.policy.backend
         found: ModuleType = backend_for(group[key], local_tensor(param).device, key)
         return found
@@ -293,7 +316,7 @@ class Table:
         if module is None or not _is_watchable(groups) or not isinstance(state, dict):
             return None
         dormant = [param for param, *_ in _members(groups) if id(param) not in self._rows]
-        self._asleep = any(_takes_part(param, state, Pass.SYNC) for param in dormant)
+        self._asleep = any(_takes_part(param, state, self.policy, Pass.SYNC) for param in dormant)
         return module.Watch(Tensor, groups, dormant)
 
 
@@ -323,12 +346,12 @@ def _members(groups: Groups) -> Iterator[Member]:
             yield param, name, group
 
 
-def _takes_part(param: Tensor, state: State, pass_: Pass) -> bool:
+def _takes_part(param: Tensor, state: State, policy: Policy, pass_: Pass) -> bool:
     """Nothing of a parameter without a gradient changes in a step, nor of one without slow weights in a sync."""
     if pass_ is Pass.STEP:
         return param.grad is not None
     own = state.get(param)
-    return isinstance(own, Mapping) and own.get(SLOW) is not None
+    return isinstance(own, Mapping) and own.get(policy.slow) is not None
 
 
 def _is_watchable(groups: Groups) -> bool:

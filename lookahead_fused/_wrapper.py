@@ -14,8 +14,8 @@ from . import _rules as rules
 from ._door import BaseDoor
 from ._hyperparameters import check_passed
 from ._interrupts import uninterrupted
-from ._policies import Policy
-from ._rows import CACHED, OURS, SLOW, start_cached, start_slow
+from ._policies import CACHED, Policy
+from ._rows import start_cached, start_slow
 from ._slow_weights import SlowWeights
 from ._table import Table
 from ._tensors import local_tensor
@@ -54,6 +54,7 @@ class Wrapper(SlowWeights):
         table = Table(_FUSED.get(type(base_optimizer)) or self._external(), self.policy)
         check_passed(table.arguments, own)
         self.policy.check(own, **{name: name for name in settings})
+        table.check_master(own, "master_weights")
         for group in base_optimizer.param_groups:
             table.check_group({**own, **group})
         self.__setstate__({"base_optimizer": base_optimizer, "_own_defaults": own})
@@ -161,7 +162,7 @@ class Wrapper(SlowWeights):
             for name, value in forwarded.items():
                 setattr(base, name, value)
             try:
-                loss = base.step() if closure is None else base.step(closure)
+                loss = self._step_base(closure, started)
             finally:
                 for name in forwarded:
                     delattr(base, name)
@@ -169,6 +170,11 @@ class Wrapper(SlowWeights):
                 self._begin(started)
                 self._table.step(self.param_groups, state, None, found_inf)
         return loss
+
+    def _step_base(self, closure: Callable[[], Any] | None, started: list[tuple[Tensor, dict[str, Any]]]) -> Any:
+        """The base's own step, before the policy's pass; `started` are slow weights that begin in it."""
+        base = self.base_optimizer
+        return base.step() if closure is None else base.step(closure)
 
     def _amp(self) -> tuple[Tensor | None, Tensor | None]:
         # Not by getattr, which would find the base's.
@@ -190,7 +196,7 @@ class Wrapper(SlowWeights):
                 own = self.state.get(param, {})
                 pullback = self.policy.caches_moment(group)
                 moment = own.get(self._table.rule.moments[0]) if pullback else None
-                if own.get(SLOW) is None or not self._has_begun(own):
+                if own.get(self.policy.slow) is None or not self._has_begun(own):
                     count = own.get(self._table.rule.step_name)
                     started.append((param, start_slow(param, moment, self.policy, group, count)))
                 elif pullback and own.get(CACHED) is None:
@@ -214,8 +220,8 @@ class Wrapper(SlowWeights):
             # Only now it shows that there is no moment to act on, or not a tensor like its parameter: the base's first
             # step is taken back.
             for param, entries in fresh:
-                if SLOW in entries:
-                    local_tensor(param).copy_(local_tensor(entries[SLOW]))
+                if self.policy.slow in entries:
+                    local_tensor(param).copy_(local_tensor(entries[self.policy.slow]))
                     self.state.pop(param, None)
             raise
         for param, entries in fresh:
@@ -233,7 +239,8 @@ class Wrapper(SlowWeights):
         """
 
     def _external(self, moment: str = FIRST_MOMENTS[0]) -> rules.Rule:
-        return rules.external(moment, self.policy.acts_on_moment, self.policy.prefix + "step")
+        policy = self.policy
+        return rules.external(moment, policy.acts_on_moment, policy.prefix + "step", policy.reads_lr)
 
     def _complete_groups(self) -> None:
         """A group that was added to the base, or loaded from a checkpoint of it, lacks entries of the policy."""
@@ -251,7 +258,7 @@ class Wrapper(SlowWeights):
         name = self._table.rule.step_name
         for param in group["params"]:
             own = self.state.get(param)
-            if isinstance(own, dict) and own and own.get(SLOW) is None:
+            if isinstance(own, dict) and own and own.get(self.policy.slow) is None:
                 own.update(start_slow(param, None, self.policy, group))
                 own.setdefault(name, torch.tensor(0.0, dtype=torch.float64, device="cpu"))
 
@@ -291,7 +298,7 @@ class Wrapper(SlowWeights):
     @property
     def _exact_names(self) -> tuple[str, ...] | None:
         """The state entries that are ours to keep exact; of a fused base all are."""
-        return None if self._is_fused else (self._table.rule.step_name, *OURS)
+        return None if self._is_fused else (self._table.rule.step_name, *self.policy.entries)
 
     def _loaded(self) -> None:
         self._complete_groups()

@@ -1,5 +1,5 @@
-"""A rule stands in few places: its header, its Triton and its reference form, what Python is told of it, and one entry
-in the one list of rules. Whatever else is needed of a rule is composed from these."""
+"""A rule and a policy stand in few places: their header, their Triton and their reference form, what Python is told of
+them, and one entry in the one list of each. Whatever else is needed of them is composed from these."""
 
 from __future__ import annotations
 
@@ -44,3 +44,17 @@ def test_places_of_a_rule(rule: str) -> None:
     assert told > FORMS
     (description,) = told - FORMS
     assert "/backends/" not in description
+
+
+def test_places_of_policies() -> None:
+    """Several may share a header, and what a table has to tell of one."""
+    folder, entry = ROOT / "csrc/slow", re.search(r"using Policies = List<([^>]+)>;", code(ROOT / "csrc/slow/all.h"))
+    assert entry is not None
+    names = {}
+    for path in folder.glob("*.h"):
+        text = code(path)
+        names |= dict(re.findall(r"struct (\w+) \{\s*static constexpr const char\* name = \"(\w+)\";", text))
+    assert sorted(names) == sorted(re.findall(r"\w+", entry[1]))
+    forms = {"lookahead_fused/backends/triton_policies.py", "lookahead_fused/backends/reference.py"}
+    for name in names.values():
+        assert files("lookahead_fused", rf"""["']{name}["']""") == forms | {"lookahead_fused/_policies.py"}

@@ -15,7 +15,7 @@ from processes import python, serving
 from runs import advance, gradients_of
 from torch import Tensor
 
-from lookahead_fused._rows import OURS
+from lookahead_fused import _policies
 
 RULES: dict[str, dict[str, Any]] = {
     "adamw": {"amsgrad": True, "pullback_momentum": "pullback"},
@@ -76,7 +76,7 @@ def names(backend: BackendCase, rule: str, steps: int, call: str) -> list[str]:
 def needed_in_a_sync(rule: str) -> set[str]:
     acts = RULES[rule].get("pullback_momentum") == "pullback"
     moments = {"exp_avg", "momentum_buffer"} if acts else set()
-    return {*OURS, "step", "lookahead_step", *moments}
+    return {*_policies.Lookahead().entries, "step", "lookahead_step", *moments}
 
 
 def refused(backend: BackendCase, rule: str, steps: int, name: str, rest: float, call: str) -> None:

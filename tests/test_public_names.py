@@ -23,7 +23,7 @@ from lookahead_fused.backends import BACKENDS
 CLASSES = [value for name in lookahead_fused.__all__ if isinstance(value := getattr(lookahead_fused, name), type)]
 
 
-WRAPPERS = (lookahead_fused.EMA, lookahead_fused.Lookahead)
+WRAPPERS = (lookahead_fused.EMA, lookahead_fused.GPA, lookahead_fused.Lookahead, lookahead_fused.ScheduleFree)
 
 
 def optimizer_of(cls: type) -> torch.optim.Optimizer:

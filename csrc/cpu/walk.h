@@ -60,17 +60,31 @@ struct Walk {
         for (int m = 0; m < Rule::MOMENTS; ++m) {
             if (at.state[MOMENT + m] != nullptr) moment[m] = load(at.state[MOMENT + m]);
         }
-        const V start = p;
+        V start = p, x{};
+        if (step.slow.averages) {
+            // Of another optimizer's step z is where theta was put for it, and x is kept.
+            if (at.state[COMPANION] != nullptr) x = load(at.state[COMPANION]);
+            if constexpr (Rule::reads_gradient) {
+                const V z = step.slow.capture ? p : load(at.state[SLOW]);
+                x = step.slow.average(p, z);
+                p = z;
+            }
+        }
         V g{};
         if constexpr (Rule::reads_gradient) g = load(at.grad);
         Rule::update(step.rule, p, g, moment);
-        if (step.slow.due || step.slow.capture) {
+        if (step.slow.averages) {
+            store(at.state[SLOW], p);
+            const V z = p;
+            step.slow.averaged(p, z, x);
+            if (at.state[COMPANION] != nullptr) store(at.state[COMPANION], x);
+        } else if (step.slow.due || step.slow.capture) {
             V slow = step.slow.capture ? start : load(at.state[SLOW]);
             if (step.slow.due) {
                 V outer{};
-                if (at.state[OUTER_MOMENTUM] != nullptr) outer = load(at.state[OUTER_MOMENTUM]);
+                if (at.state[COMPANION] != nullptr) outer = load(at.state[COMPANION]);
                 step.slow.weights(p, slow, outer);
-                if (at.state[OUTER_MOMENTUM] != nullptr) store(at.state[OUTER_MOMENTUM], outer);
+                if (at.state[COMPANION] != nullptr) store(at.state[COMPANION], outer);
                 if (at.state[MOMENT] != nullptr) {
                     V cached{};
                     if (at.state[CACHED_MOMENT] != nullptr) cached = load(at.state[CACHED_MOMENT]);
@@ -133,6 +147,7 @@ struct Walk {
         Step* out = static_cast<Step*>(steps);
         int32_t made = 0, group = -1;
         RowCounts last{};
+        PolicyNumbers after{};
         for (int64_t i = 0; i < table.row_count; ++i) {
             const Row& row = table.rows[i];
             step_of_row[i] = -1;
@@ -142,10 +157,10 @@ struct Walk {
             if (row.group != group || !(counts == last)) {
                 group = row.group;
                 last = counts;
-                prepare(table.policy, table.groups[group], counts, arguments, out[made++]);
+                after = prepare(table.policy, table.groups[group], counts, arguments, out[made++]);
             }
             step_of_row[i] = made - 1;
-            if (arguments.pass == Pass::STEP) *static_cast<double*>(row.column[STEP]) += 1.0;
+            if (arguments.pass == Pass::STEP) advance(row, after);
         }
     }
 

@@ -166,12 +166,68 @@ struct Walk {
         if (step.slow.due) {
             Pack<T, N> slow;
             load<Reuse::NEXT_STEP>(slow, at.state[SLOW] + i);
-            T* const momentum = at.state[OUTER_MOMENTUM];
+            T* const momentum = at.state[COMPANION];
             Pack<T, N> outer{};
             if (momentum != nullptr) load<Reuse::NEXT_STEP>(outer, momentum + i);
             for (int j = 0; j < N; ++j) step.slow.weights(p.element[j], slow.element[j], outer.element[j]);
             if (momentum != nullptr) store<Reuse::NEXT_STEP>(momentum + i, outer);
             store<Reuse::NEXT_STEP>(at.state[SLOW] + i, slow);
+        }
+    }
+
+    // What a thread takes at a time of a row whose policy averages: 16 bytes of what is kept in the compute type. In
+    // fp64 8 bytes: with x beside three moments two elements would not fit the registers.
+    static constexpr int AVERAGED = sizeof(T) > sizeof(float) ? 1 : 16 / sizeof(T);
+
+    // The N elements from i on of such a row. A path of its own: x is held over the rule, and in the path above it
+    // would take registers from every policy's step. Parameters that are kept in fewer bits have a master here.
+    template <int N>
+    static __device__ __forceinline__ void averaged_elements(const Step& step, const Arrays& at, int i) {
+        T* const master = at.state[MASTER];
+        Pack<G, N> grad{};
+        if constexpr (Rule::reads_gradient) load<Reuse::NEXT_STEP>(grad, at.grad + i);
+        Pack<T, N> p, x{}, moment[MOMENTS] = {};
+        if constexpr (!NARROW) {
+            load<Reuse::SOON>(p, at.param + i);
+        } else {
+            load<Reuse::NEXT_STEP>(p, master + i);
+        }
+        if constexpr (Rule::reads_gradient) {
+            Pack<T, N> z = p;
+            if (!step.slow.capture) load<Reuse::NEXT_STEP>(z, at.state[SLOW] + i);
+            load_moments(at, i, moment);
+            for (int j = 0; j < N; ++j) {
+                x.element[j] = step.slow.average(p.element[j], z.element[j]);
+                p.element[j] = z.element[j];
+            }
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                T own[MOMENTS];
+                for (int m = 0; m < MOMENTS; ++m) own[m] = moment[m].element[j];
+                Rule::update(step.rule, p.element[j], static_cast<T>(widen(grad.element[j])), own);
+                for (int m = 0; m < MOMENTS; ++m) moment[m].element[j] = own[m];
+            }
+#pragma unroll
+            for (int m = 0; m < MOMENTS; ++m) {
+                if (at.state[MOMENT + m] != nullptr) store<Reuse::NEXT_STEP>(at.state[MOMENT + m] + i, moment[m]);
+            }
+        } else {
+            // Theta was put where z is for another optimizer's step, and x is kept.
+            load<Reuse::NEXT_STEP>(x, at.state[COMPANION] + i);
+        }
+        store<Reuse::NEXT_STEP>(at.state[SLOW] + i, p);
+        for (int j = 0; j < N; ++j) {
+            const T z = p.element[j];
+            step.slow.averaged(p.element[j], z, x.element[j]);
+        }
+        if constexpr (!Rule::reads_gradient) store<Reuse::NEXT_STEP>(at.state[COMPANION] + i, x);
+        if constexpr (!NARROW) {
+            store<Reuse::SOON>(at.param + i, p);
+        } else {
+            store<Reuse::NEXT_STEP>(master + i, p);
+            Pack<P, N> param;
+            for (int j = 0; j < N; ++j) narrow(p.element[j], param.element[j]);
+            store<Reuse::SOON>(at.param + i, param);
         }
     }
 };
@@ -181,9 +237,9 @@ __global__ void __launch_bounds__(ROW_THREADS) rows(Launch launch) {
     const int64_t i = static_cast<int64_t>(blockIdx.x) * ROW_THREADS + threadIdx.x;
     if (i >= launch.row_count || launch.gradients[i] == nullptr || skips_step(launch.arguments)) return;
     const Row& row = launch.rows[i];
-    prepare(launch.policy, launch.groups[row.group], RowCounts::of(row), launch.arguments,
-            static_cast<RowStep<Rule, T>*>(launch.steps)[i]);
-    if (launch.arguments.pass == Pass::STEP) *static_cast<double*>(row.column[STEP]) += 1.0;
+    const PolicyNumbers after = prepare(launch.policy, launch.groups[row.group], RowCounts::of(row), launch.arguments,
+                                        static_cast<RowStep<Rule, T>*>(launch.steps)[i]);
+    if (launch.arguments.pass == Pass::STEP) advance(row, after);
 }
 
 // Four blocks, 1024 threads, are resident on a multiprocessor: enough loads in flight to keep the memory busy.
@@ -203,6 +259,19 @@ __global__ void __launch_bounds__(CHUNK_THREADS, 1024 / CHUNK_THREADS) chunks(La
     }
     __syncthreads();
     if (!Rule::reads_gradient && !step.slow.due) return;
+
+    if (step.slow.averages) {
+        const int whole = Walk::AVERAGED > 1 && Walk::aligned(at) ? chunk.count / Walk::AVERAGED * Walk::AVERAGED : 0;
+#pragma unroll 1
+        for (int i = static_cast<int>(threadIdx.x) * Walk::AVERAGED; i < whole; i += CHUNK_THREADS * Walk::AVERAGED) {
+            Walk::template averaged_elements<Walk::AVERAGED>(step, at, i);
+        }
+#pragma unroll 1
+        for (int i = whole + static_cast<int>(threadIdx.x); i < chunk.count; i += CHUNK_THREADS) {
+            Walk::template averaged_elements<1>(step, at, i);
+        }
+        return;
+    }
 
     const int vectored = Walk::VECTOR > 1 && Walk::aligned(at) ? chunk.count / Walk::WHOLE * Walk::WHOLE : 0;
     const int thread = static_cast<int>(threadIdx.x);

@@ -19,8 +19,8 @@ double number_at(const Group& group, int slot) {
 
 }  // namespace
 
-GroupReader::GroupReader(py::tuple fields, py::object read_group, bool reads_lr)
-    : fields_tuple_(std::move(fields)), read_group_(std::move(read_group)), reads_lr_(reads_lr) {
+GroupReader::GroupReader(py::tuple fields, py::object read_group)
+    : fields_tuple_(std::move(fields)), read_group_(std::move(read_group)) {
     for (const py::handle entry : fields_tuple_) {
         // The names are interned, so that the dictionaries find them by identity.
         const auto tuple = py::reinterpret_borrow<py::tuple>(entry);
@@ -117,7 +117,7 @@ void GroupReader::read_in_python(TensorReader& tensors, const Description& devic
         if (value && field.item >= 0) value = value[py::int_(field.item)];
         source.values[i] = value;
         assign(group, field.slot, py::object(values[i]).cast<double>());
-        if (field.slot == 0 && reads_lr_ && value && tensors.is_tensor(value.ptr())) {
+        if (field.slot == 0 && value && tensors.is_tensor(value.ptr())) {
             Description described;
             if (is_lr(tensors, device, value.ptr(), described)) {
                 group.lr = described.data;

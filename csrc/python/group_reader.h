@@ -31,7 +31,7 @@ class GroupReader {
    public:
     // fields: (key, item, slot, kind, low, high) each. read_group(group) validates a group and gives its fields as
     // numbers, or raises.
-    GroupReader(py::tuple fields, py::object read_group, bool reads_lr);
+    GroupReader(py::tuple fields, py::object read_group);
 
     // The index that rows of this parameter group name.
     int32_t add(TensorReader& tensors, const Description& device, py::dict group);
@@ -58,7 +58,6 @@ class GroupReader {
 
     py::tuple fields_tuple_;
     py::object read_group_;
-    bool reads_lr_;
     std::vector<Field> fields_;
     std::vector<Source> sources_;
     std::vector<Group> groups_;

@@ -75,7 +75,7 @@ TableBinding::TableBinding(py::handle tensor_type, TensorReader::Way fastest, co
       entries_(std::move(entries)),
       conform_(std::move(conform)),
       chunk_elements_(chunk_elements),
-      groups_(std::move(fields), std::move(read_group), reads_gradient_) {
+      groups_(std::move(fields), std::move(read_group)) {
     if (chunk_elements <= 0 || chunk_elements > std::numeric_limits<int32_t>::max()) {
         throw py::value_error("chunk_elements must lie between 1 and 2^31 - 1");
     }
@@ -245,9 +245,8 @@ bool TableBinding::refresh_state(size_t i, PyObject* state) {
         PyObject* const tensor = local(value);
         void* address;
         if (tensor == nullptr || !find(tensor, column, i, &address)) return false;
-        // A count that is none: Python says so.
-        if ((column == STEP || column == AVERAGE_START) && on_host_ && !is_count(*static_cast<double*>(address)))
-            return false;
+        // A number that is none: Python says so.
+        if (COLUMN_FACTS[column].scalar && on_host_ && !is_count(*static_cast<double*>(address))) return false;
         if (address != rows_[i].column[column]) {
             rows_[i].column[column] = address;
             ++moves_;

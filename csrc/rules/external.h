@@ -10,8 +10,9 @@ struct External {
     static constexpr const char* name = "external";
     static constexpr bool reads_gradient = false;
 
-    enum Hyper { HYPERS };
-    static constexpr const char* const* hyper_names = nullptr;
+    // A policy may weigh by it.
+    enum Hyper { LR, HYPERS };
+    static constexpr const char* hyper_names[HYPERS] = {"lr"};
 
     // Whatever the other optimizer calls its first moment, where a policy has something to do with it.
     enum Moment { FIRST_MOMENT, MOMENTS };

@@ -2,20 +2,22 @@
 #pragma once
 
 #include "../table/list.h"
+#include "averaging.h"
 #include "ema.h"
 #include "lookahead.h"
 
 namespace lookahead_fused {
 inline namespace LF_ISA {
 
-using Policies = List<Lookahead, Ema>;
+using Policies = List<Lookahead, Ema, Gpa, ScheduleFree>;
 
 template <class T, class First, class... Others>
-LF_HD SlowStep<T> prepare_slow(List<First, Others...>, int32_t policy, const double* hyper, const PolicyInputs& at) {
+LF_HD SlowStep<T> prepare_slow(List<First, Others...>, int32_t policy, const double* hyper, const PolicyInputs& at,
+                               PolicyNumbers& own) {
     if constexpr (sizeof...(Others) > 0) {
-        if (policy > 0) return prepare_slow<T>(List<Others...>{}, policy - 1, hyper, at);
+        if (policy > 0) return prepare_slow<T>(List<Others...>{}, policy - 1, hyper, at, own);
     }
-    return First::template prepare<T>(hyper, at);
+    return First::template prepare<T>(hyper, at, own);
 }
 
 }  // namespace LF_ISA

@@ -21,10 +21,11 @@ struct Ema {
     static constexpr double UNIFORM = -1.0;
 
     template <class T>
-    LF_HD static SlowStep<T> prepare(const double* hyper, const PolicyInputs& at) {
+    LF_HD static SlowStep<T> prepare(const double* hyper, const PolicyInputs& at, PolicyNumbers& own) {
         SlowStep<T> c{};
         const int64_t start = static_cast<int64_t>(hyper[START]), every = static_cast<int64_t>(hyper[EVERY]);
-        const int64_t begin = at.made_after > start ? at.made_after : start;
+        const int64_t made_after = static_cast<int64_t>(own.average_start);
+        const int64_t begin = made_after > start ? made_after : start;
         const int64_t since = at.step - begin, n = since > 0 ? since / every : 0;
         c.due = at.event == Event::BY_COUNT && since >= 0 && since == n * every;
         c.capture = at.captures;

@@ -17,7 +17,7 @@ struct Lookahead {
                                                         "outer_nesterov"};
 
     template <class T>
-    LF_HD static SlowStep<T> prepare(const double* hyper, const PolicyInputs& at) {
+    LF_HD static SlowStep<T> prepare(const double* hyper, const PolicyInputs& at, PolicyNumbers&) {
         SlowStep<T> c{};
         // No count of updates reaches 2^53, which stands for every longer period.
         const bool by_count = at.event == Event::BY_COUNT && at.step % static_cast<int64_t>(hyper[K]) == 0;

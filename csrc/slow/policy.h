@@ -4,7 +4,8 @@
 // A policy is a struct of static members:
 //   name
 //   Hyper, hyper_names      its hyperparameters, in the order in which Python writes them into a Group
-//   prepare<T>(hyper, at)   decides a parameter's SlowStep, in fp64
+//   prepare<T>(hyper, at, own)  decides a parameter's SlowStep, in fp64, and the numbers that it keeps for the
+//                           parameter: `own` is what they were, and becomes what they are after this step
 //
 // Policies differ in what they decide and not in the walk, so that a walk is compiled once for a rule and a pattern of
 // dtypes, whatever the policy: crossed with it as rules are with dtypes, the kernels would take twice as long to build
@@ -23,10 +24,23 @@ enum class Event : int32_t {
 };
 
 struct PolicyInputs {
-    int64_t step;        // applied updates of this parameter, this one counted
-    int64_t made_after;  // how many of them there were when the slow weights were made; 0 where nothing tells
-    int32_t captures;    // this is the parameter's first update, and theta is still what it was before
+    int64_t step;      // applied updates of this parameter, this one counted
+    int32_t captures;  // this is the parameter's first update, and theta is still what it was before
     Event event;
+    double lr;  // the group's learning rate, 1 where the other optimizer has none
+};
+
+// The numbers that policies keep for a parameter beside its count of updates; 0 where it keeps none.
+struct PolicyNumbers {
+    double average_start;  // how many updates there were when the slow weights were made; not changed by a step
+    double y_interp;       // theta's place between z and x, as the last step left it
+    double weight_sum;     // of the samples in a weighted mean
+    double lr_max;         // the largest learning rate so far
+
+    LF_HD bool operator==(const PolicyNumbers& other) const {
+        return average_start == other.average_start && y_interp == other.y_interp && weight_sum == other.weight_sum &&
+               lr_max == other.lr_max;
+    }
 };
 
 // What becomes of the rule's first moment at an event: it is kept, interpolated like the weights, or reset.
@@ -45,6 +59,23 @@ struct SlowStep {
     int32_t pullback;
     int32_t outer;  // momentum of the slow weights
     T outer_alpha, outer_momentum;
+    // Theta lies between a sequence z, which the rule steps, and an average x: at every step, and nothing else above.
+    int32_t averages;
+    T recovery;                   // x = y + recovery (y - z), as the last step left y
+    T eval_interp, train_interp;  // of x in the next x, and of that in theta
+
+    // Where x is from where theta is.
+    template <class V>
+    LF_HD V average(V y, V z) const {
+        return y + recovery * (y - z);
+    }
+
+    // z is theta as the rule left it.
+    template <class V>
+    LF_HD void averaged(V& p, V z, V& x) const {
+        x = z + eval_interp * (x - z);
+        p = z + train_interp * (x - z);
+    }
 
     // buffer is the momentum of the slow weights.
     template <class V>

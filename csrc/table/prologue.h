@@ -29,43 +29,63 @@ LF_HD bool takes_part(const Row& row, Pass pass) { return pass == Pass::SYNC || 
 
 // What decides the coefficients of a row's next update, besides its group.
 struct RowCounts {
-    int64_t applied;     // updates so far; the counter itself is the caller's to advance
-    int64_t made_after;  // how many there were when the slow weights were made
+    int64_t applied;  // updates so far
     int32_t moments_loaded;
+    PolicyNumbers policy;
 
     LF_HD static RowCounts of(const Row& row) {
-        const double* const made_after = static_cast<const double*>(row.column[AVERAGE_START]);
-        return {static_cast<int64_t>(*static_cast<const double*>(row.column[STEP])),
-                made_after == nullptr ? 0 : static_cast<int64_t>(*made_after), row.moments_loaded};
+        const auto number = [&](int column) {
+            const double* const at = static_cast<const double*>(row.column[column]);
+            return at == nullptr ? 0.0 : *at;
+        };
+        return {static_cast<int64_t>(number(STEP)),
+                row.moments_loaded,
+                {number(AVERAGE_START), number(Y_INTERP), number(WEIGHT_SUM), number(LR_MAX)}};
     }
     LF_HD bool operator==(const RowCounts& other) const {
-        return applied == other.applied && made_after == other.made_after && moments_loaded == other.moments_loaded;
+        return applied == other.applied && moments_loaded == other.moments_loaded && policy == other.policy;
     }
 };
 
-// The coefficients of a row's next update. The policy's are written before the rule's are made: a GPU's registers do
-// not hold both.
+// What a step leaves of a row's numbers. It is the caller's to write, where a pass is a step.
+LF_HD void advance(const Row& row, const PolicyNumbers& after) {
+    *static_cast<double*>(row.column[STEP]) += 1.0;
+    const auto write = [&](int column, double value) {
+        double* const at = static_cast<double*>(row.column[column]);
+        if (at != nullptr) *at = value;
+    };
+    write(Y_INTERP, after.y_interp);
+    write(WEIGHT_SUM, after.weight_sum);
+    write(LR_MAX, after.lr_max);
+}
+
+// The coefficients of a row's next update, and what it leaves of the policy's numbers. The policy's are written before
+// the rule's are made: a GPU's registers do not hold both.
 template <class Rule, class T>
-LF_HD void prepare(int32_t policy, const Group& group, const RowCounts& counts, const StepArguments& arguments,
-                   RowStep<Rule, T>& to) {
+LF_HD PolicyNumbers prepare(int32_t policy, const Group& group, const RowCounts& counts, const StepArguments& arguments,
+                            RowStep<Rule, T>& to) {
+    double lr = group.rule[0];
+    if (group.lr != nullptr) {
+        lr = group.lr_is_double ? *static_cast<const double*>(group.lr) : *static_cast<const float*>(group.lr);
+    }
+
     PolicyInputs slow;
     slow.step = counts.applied + 1;
-    slow.made_after = counts.made_after;
+    slow.lr = lr;
     // Where the inner step was done elsewhere, theta has moved already, and phi was taken before that.
     slow.captures = Rule::reads_gradient && counts.applied == 0;
     slow.event = arguments.pass == Pass::STEP ? Event::BY_COUNT : counts.applied > 0 ? Event::NOW : Event::NEVER;
 
-    to.slow = prepare_slow<T>(Policies{}, policy, group.policy, slow);
+    PolicyNumbers own = counts.policy;
+    to.slow = prepare_slow<T>(Policies{}, policy, group.policy, slow, own);
 
     StepInputs at;
     at.step = counts.applied + 1;
-    at.lr = group.rule[0];
-    if (group.lr != nullptr) {
-        at.lr = group.lr_is_double ? *static_cast<const double*>(group.lr) : *static_cast<const float*>(group.lr);
-    }
+    at.lr = lr;
     at.grad_scale = arguments.grad_scale != nullptr ? *arguments.grad_scale : 1.0;
     at.first = counts.applied == 0 && counts.moments_loaded == 0;
     to.rule = Rule::template prepare<T>(group.rule, at);
+    return own;
 }
 
 }  // namespace LF_ISA

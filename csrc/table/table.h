@@ -12,15 +12,18 @@ namespace lookahead_fused {
 
 // A row's tensors. Where a column is null the row has no such tensor, and its walk neither reads nor writes one.
 enum Column : int {
-    PARAM,           // theta
-    GRAD,            // null where the parameter has no gradient in this step: the row then takes no part in it
-    STEP,            // updates applied so far
-    AVERAGE_START,   // how many there were when the slow weights were made
+    PARAM,          // theta
+    GRAD,           // null where the parameter has no gradient in this step: the row then takes no part in it
+    STEP,           // updates applied so far
+    AVERAGE_START,  // how many there were when the slow weights were made, and with the next three PolicyNumbers
+    Y_INTERP,
+    WEIGHT_SUM,
+    LR_MAX,
     MASTER,          // theta in the compute type: then PARAM is written and not read
     STATE = MASTER,  // from here on the columns are of the compute type, and as many elements as the parameter has
-    SLOW,            // phi
+    SLOW,            // phi, the average, or z
     CACHED_MOMENT,   // the first moment as the last sync left it, for pullback
-    OUTER_MOMENTUM,  // of phi itself
+    COMPANION,       // what stands beside that: phi's own momentum, or x
     MOMENT,          // the rule's moments, in the order of its moment_names
     COLUMNS = MOMENT + 3
 };
@@ -30,7 +33,7 @@ struct ColumnFacts {
     enum Type { PARAM_TYPE, GRAD_TYPE, COMPUTE_TYPE, FP64 };
     enum Access { READ, WRITTEN };  // by a step; WRITTEN ones are read too
 
-    const char* name;  // what Python calls it; null: a moment, which its rule names
+    const char* name;  // null: a moment, which its rule names
     Type type;
     Access access;
     bool scalar;    // one number for the row; else as many as the parameter has, laid out like it
@@ -42,10 +45,13 @@ constexpr ColumnFacts COLUMN_FACTS[COLUMNS] = {
     {"grad", ColumnFacts::GRAD_TYPE, ColumnFacts::READ, false, false},
     {"step", ColumnFacts::FP64, ColumnFacts::WRITTEN, true, true},
     {"average_start", ColumnFacts::FP64, ColumnFacts::READ, true, false},
+    {"y_interp", ColumnFacts::FP64, ColumnFacts::WRITTEN, true, false},
+    {"weight_sum", ColumnFacts::FP64, ColumnFacts::WRITTEN, true, false},
+    {"lr_max", ColumnFacts::FP64, ColumnFacts::WRITTEN, true, false},
     {"master_param", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
-    {"slow_param", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, true},
+    {"slow", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, true},
     {"cached_momentum", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
-    {"outer_momentum_buffer", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
+    {"companion", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
     {nullptr, ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
     {nullptr, ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
     {nullptr, ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},

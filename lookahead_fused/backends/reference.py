@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .._hyperparameters import Argument
 from .._parts import Part, PlainPart, Spec
-from .._policies import UNIFORM, Ema, Lookahead
+from .._policies import START, UNIFORM, Ema, Gpa, Lookahead
 from .._rows import Row
 
 NAME = "reference"
@@ -43,8 +44,9 @@ def step(row: Row, spec: Spec, grad_scale: float) -> None:
         )
     applied = row.step.item()
     steps = int(applied) + 1
-    p = _weights(row)
-    start = p
+    start = p = _weights(row)
+    if spec.policy.averages and spec.rule.reads_gradient:
+        p = start if steps == 1 else row.slow.clone()
     moments = dict(row.moments)
     if spec.rule.reads_gradient:
         assert row.gradient is not None
@@ -57,7 +59,7 @@ def step(row: Row, spec: Spec, grad_scale: float) -> None:
         g = row.gradient.to(row.compute_dtype)
         p = RULES[spec.rule.name](hyper, steps, first, grad_scale, p, g, moments)
     slow = start if spec.rule.reads_gradient and steps == 1 else row.slow
-    after = POLICIES[spec.policy.name](row, spec, steps, p, slow, moments)
+    after = POLICIES[spec.policy.name](row, spec, steps, start, p, slow, moments)
     _write(row, after, moments)
     row.step.add_(1)
 
@@ -67,21 +69,31 @@ def sync(row: Row, spec: Spec) -> None:
     if row.step.item() == 0:
         return
     moments = dict(row.moments)
-    after = POLICIES[spec.policy.name](row, spec, None, _weights(row), row.slow, moments)
+    p = _weights(row)
+    after = POLICIES[spec.policy.name](row, spec, None, p, p, row.slow, moments)
     _write(row, after, moments)
 
 
-# The weights, the slow weights, the cached first moment and the outer momentum.
-After = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+@dataclass
+class After:
+    """What a step leaves: the weights, the slow weights and what stands beside them, and the policy's numbers."""
+
+    p: Tensor
+    slow: Tensor
+    cached: Tensor | None = None
+    companion: Tensor | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
-def _lookahead(row: Row, spec: Spec, steps: int | None, p: Tensor, slow: Tensor, moments: dict[str, Tensor]) -> After:
+def _lookahead(
+    row: Row, spec: Spec, steps: int | None, start: Tensor, p: Tensor, slow: Tensor, moments: dict[str, Tensor]
+) -> After:
     """What a sync makes of these after so many steps, or now; see `csrc/slow/lookahead.h`."""
     policy = cast(Lookahead, spec.policy)
     alpha, pullback = row.group[policy.alpha], row.group[policy.pullback_momentum]
-    outer, cached = row.outer_momentum, row.cached_moment
+    outer, cached = row.companion, row.cached_moment
     if steps is not None and steps % row.group[policy.k] != 0:
-        return p, slow, cached, outer
+        return After(p, slow)
     if policy.has_outer_momentum(row.group):
         assert outer is not None
         momentum, difference = float(row.group[policy.outer_momentum]), slow - p
@@ -97,16 +109,17 @@ def _lookahead(row: Row, spec: Spec, steps: int | None, p: Tensor, slow: Tensor,
         cached = moments[first] = _lerp(cached.to(dtype), moments[first].to(dtype), min(alpha, 1.0))
     if first in moments and pullback == "reset":
         moments[first] = torch.zeros_like(moments[first])
-    return slow, slow, cached, outer
+    return After(slow, slow, cached, outer)
 
 
-def _ema(row: Row, spec: Spec, steps: int | None, p: Tensor, slow: Tensor, moments: dict[str, Tensor]) -> After:
+def _ema(
+    row: Row, spec: Spec, steps: int | None, start: Tensor, p: Tensor, slow: Tensor, moments: dict[str, Tensor]
+) -> After:
     """The average after so many steps; see `csrc/slow/ema.h`."""
     policy = cast(Ema, spec.policy)
-    assert row.average_start is not None
     assert steps is not None
     decay, every = row.group[policy.decay], row.group[policy.every]
-    since = steps - max(int(row.average_start.item()), row.group[policy.start])
+    since = steps - max(int(row.numbers[START].item()), row.group[policy.start])
     if since >= 0 and since % every == 0:
         n = since // every
         if decay == UNIFORM:
@@ -114,7 +127,34 @@ def _ema(row: Row, spec: Spec, steps: int | None, p: Tensor, slow: Tensor, momen
         else:
             weight = 1.0 - min(float(decay), (1 + n) / (10 + n) if row.group[policy.warmup] else 1.0)
         slow = _lerp(slow, p, weight if n > 0 else 1.0)
-    return p, slow, None, None
+    return After(p, slow)
+
+
+def _averaging(
+    row: Row, spec: Spec, steps: int | None, start: Tensor, p: Tensor, slow: Tensor, moments: dict[str, Tensor]
+) -> After:
+    """The weights, z and x after so many steps, of which `start` were the weights before and `p` is z; see
+    `csrc/slow/averaging.h`."""
+    assert steps is not None
+    policy, group = spec.policy, row.group
+    numbers = {name: number.item() for name, number in row.numbers.items()}
+    if isinstance(policy, Gpa):
+        train, share = (float(argument.value(group)) for argument in policy.arguments)
+    else:
+        train, r, exponent = (argument.value(group) for argument in policy.arguments)
+        lr = float(group.get("lr", 1.0))
+        numbers["lr_max"] = lr if numbers["lr_max"] < lr else numbers["lr_max"]
+        weight = _power(float(steps), r) * _power(numbers["lr_max"], exponent)
+        numbers["weight_sum"] += weight
+        share = 1.0 - (weight / numbers["weight_sum"] if numbers["weight_sum"] > 0 else 0.0)
+    place = numbers["y_interp"]
+    if row.companion is not None:
+        x = row.companion
+    else:
+        x = start + (start - slow) * ((1.0 - place) / place if place > 0 else 0.0)
+    numbers["y_interp"] = train
+    x = p + (x - p) * share
+    return After(p + (x - p) * train, p, companion=None if row.companion is None else x, numbers=numbers)
 
 
 def _weights(row: Row) -> Tensor:
@@ -123,18 +163,17 @@ def _weights(row: Row) -> Tensor:
 
 def _write(row: Row, after: After, moments: Mapping[str, Tensor]) -> None:
     """All has been computed; nothing was changed before."""
-    p, slow, cached, outer = after
-    if slow is not row.slow:
-        row.slow.copy_(slow)
+    if after.slow is not row.slow:
+        row.slow.copy_(after.slow)
     if row.master is not None:
-        row.master.copy_(p)
-    row.param.copy_(p)
-    if cached is not None and cached is not row.cached_moment:
-        assert row.cached_moment is not None
-        row.cached_moment.copy_(cached)
-    if outer is not None and outer is not row.outer_momentum:
-        assert row.outer_momentum is not None
-        row.outer_momentum.copy_(outer)
+        row.master.copy_(after.p)
+    row.param.copy_(after.p)
+    for kept, made in ((row.cached_moment, after.cached), (row.companion, after.companion)):
+        if made is not None and made is not kept:
+            assert kept is not None
+            kept.copy_(made)
+    for name, number in after.numbers.items():
+        row.numbers[name].fill_(number)
     for name, moment in moments.items():
         if moment is not row.moments[name]:
             row.moments[name].copy_(moment)
@@ -318,5 +357,10 @@ def _lion(
     return p
 
 
-POLICIES: dict[str, Any] = {"lookahead": _lookahead, "ema": _ema}
+POLICIES: dict[str, Any] = {
+    "lookahead": _lookahead,
+    "ema": _ema,
+    "gpa": _averaging,
+    "schedule_free": _averaging,
+}
 RULES = {"adam": _adam, "sgd": _sgd, "rmsprop": _rmsprop, "radam": _radam, "lion": _lion}

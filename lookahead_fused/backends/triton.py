@@ -131,7 +131,16 @@ class Stepper:
         row_programs = -(-self.row_count // self.kernels.ROWS.value)
         sizes = self.row_count, self.packed.gradients
         rows = (self.fixed, moving, self.steps, scale, skip, *sizes, int(sync_now), rule, self.policy)
-        chunks = (self.fixed, moving, self.steps, skip, self.packed.chunks, self.packed.gradients, rule)
+        chunks = (
+            self.fixed,
+            moving,
+            self.steps,
+            skip,
+            self.packed.chunks,
+            self.packed.gradients,
+            rule,
+            self.policy.averages,
+        )
         launches = (
             (self.kernels.rows, row_programs, rows, 1),
             (self.kernels.chunks, self.chunk_count, (*chunks, *dtypes), self.warps),

@@ -1,8 +1,8 @@
 """The walk over a table in Triton: a lane for each row, then a program for each chunk.
 
 It stands here as in `csrc/table/prologue.h` and `csrc/cuda/walk.cuh`, under the same names and in the same order of
-operations, so that the two can be read side by side; rules and policies stand in `triton_rules.py`. Where a table's
-fields stand is asked of the compiled module.
+operations, so that the two can be read side by side; rules stand in `triton_rules.py`, policies in
+`triton_policies.py`. Where a table's fields stand is asked of the compiled module.
 
 A condition on which an array depends is a mask, the same for a whole block: the accesses stay as wide and need no jump,
 so that all of an element's loads are under way at once.
@@ -16,16 +16,31 @@ import triton
 import triton.language as tl
 
 from .._tensors import PARAM_DTYPES
-from .triton_rules import LAYOUT, POLICIES, ROWS, RULES, SLOW_COEFFICIENTS, SlowStep, slow_moment, slow_weights
+from .triton_policies import (
+    POLICIES,
+    RECOVERY,
+    SLOW_COEFFICIENTS,
+    PolicyInputs,
+    PolicyNumbers,
+    SlowStep,
+    slow_average,
+    slow_averaged,
+    slow_moment,
+    slow_weights,
+)
+from .triton_rules import LAYOUT, ROWS, RULES
 
 __all__ = ["DTYPES", "POLICIES", "ROWS", "RULES", "SLOW_COEFFICIENTS", "THREADS", "chunks", "rows"]
 
 constexpr = tl.constexpr
 globals().update(LAYOUT)
+POLICY_NUMBERS = constexpr(len(PolicyNumbers._fields))
 
 # Of a program of `chunks` the elements that it takes at a time, and its threads: eight elements each, 16 bytes of the
 # smallest dtype.
 BLOCK = constexpr(1024)
+# The same at the end of a chunk, and where it is not aligned, of a row whose policy averages.
+TAIL = constexpr(256)
 THREADS = BLOCK.value // 8
 
 # ---- csrc/table/prologue.h
@@ -52,6 +67,15 @@ def hypers_of(group, offset: constexpr, count: constexpr, mask, other: constexpr
     return values
 
 
+@triton.jit
+def number_at(row, column: constexpr, active):
+    """The address of a scalar column's number, whether the row has one, and the number, or 0."""
+    address = read(row, column, tl.int64, active)
+    has = active & (address != 0)
+    pointer = address.to(tl.pointer_type(tl.float64))
+    return pointer, has, tl.load(pointer, mask=has, other=0.0)
+
+
 @triton.jit(do_not_specialize=["grad_scale", "found_inf", "row_count", "gradients_at", "sync_now"])
 def rows(
     fixed,
@@ -73,13 +97,12 @@ def rows(
     active = gradient_of(moving, gradients_at, found_inf, i, i < row_count) != 0
     row = fixed + i * ROW
     group = moving + read(row, ROW_GROUP, tl.int32, active).to(tl.int64) * GROUP
-    counter = read(row, ROW_STEP, tl.int64, active).to(tl.pointer_type(tl.float64))
-    applied = tl.load(counter, mask=active, other=0.0)
-    tl.store(counter, applied + 1.0, mask=active & (sync_now == 0))
+    counter, has_counter, applied = number_at(row, ROW_STEP, active)
+    own = ()
+    for j in tl.static_range(POLICY_NUMBERS):
+        own += (number_at(row, ROW_AVERAGE_START + j * 8, active)[2],)
 
     step = applied.to(tl.int64) + 1
-    made = read(row, ROW_AVERAGE_START, tl.int64, active)
-    made_after = tl.load(made.to(tl.pointer_type(tl.float64)), mask=active & (made != 0), other=0.0).to(tl.int64)
     lr_tensor = read(group, GROUP_LR, tl.int64, active)
     lr_is_double = read(group, GROUP_LR_IS_DOUBLE, tl.int32, active) != 0
     single = tl.load(lr_tensor.to(tl.pointer_type(tl.float32)), mask=active & (lr_tensor != 0) & ~lr_is_double, other=0)
@@ -94,8 +117,14 @@ def rows(
     # A lane that has no row divides by numbers of its own: a period must not be 0, nor a beta 1.
     of_policy = hypers_of(group, GROUP_POLICY, policy.hypers, active, 1)
     of_rule = hypers_of(group, GROUP_RULE, rule.hypers, active, 0)
-    values = policy.prepare(of_policy, step, made_after, captures, sync_now == 0, now)
-    values += rule.prepare(of_rule, step, lr, tl.load(grad_scale).to(tl.float64), first)
+    at = PolicyInputs(step=step, captures=captures, by_count=sync_now == 0, now=now, lr=lr)
+    slow, after = policy.prepare(of_policy, at, own)
+    advances = sync_now == 0
+    tl.store(counter, applied + 1.0, mask=has_counter & advances)
+    for j in tl.static_range(1, POLICY_NUMBERS):
+        pointer, has, _ = number_at(row, ROW_AVERAGE_START + j * 8, active)
+        tl.store(pointer, after[j], mask=has & advances)
+    values = slow + rule.prepare(of_rule, step, lr, tl.load(grad_scale).to(tl.float64), first)
     count: constexpr = SLOW_COEFFICIENTS + rule.coefficients
     for j in tl.static_range(count):
         tl.store(steps + i * count + j, values[j].to(steps.dtype.element_ty), mask=active)
@@ -104,7 +133,9 @@ def rows(
 # ---- csrc/cuda/walk.cuh
 
 # A chunk's own part of its row's arrays, near null where it has none; and whether it has, and this pass moves it.
-Arrays = namedtuple("Arrays", "param grad master slow cached outer moments has_master has_cached has_outer has_moment")
+Arrays = namedtuple(
+    "Arrays", "param grad master slow cached companion moments has_master has_cached has_companion has_moment"
+)
 
 
 @triton.jit
@@ -133,18 +164,18 @@ def arrays(
         has_moment += ((address != 0) & (rule.reads_gradient | (acts_on_moment != 0)),)
     master = read(row, ROW_MASTER_PARAM, tl.int64)
     cached = read(row, ROW_CACHED_MOMENTUM, tl.int64)
-    outer = read(row, ROW_OUTER_MOMENTUM_BUFFER, tl.int64)
+    companion = read(row, ROW_COMPANION, tl.int64)
     return Arrays(
         param=part(read(row, ROW_PARAM, tl.int64), P, offset, aligned),
         grad=part(gradient, G, offset, aligned),
         master=part(master, T, offset, aligned),
-        slow=part(read(row, ROW_SLOW_PARAM, tl.int64), T, offset, aligned),
+        slow=part(read(row, ROW_SLOW, tl.int64), T, offset, aligned),
         cached=part(cached, T, offset, aligned),
-        outer=part(outer, T, offset, aligned),
+        companion=part(companion, T, offset, aligned),
         moments=moments,
         has_master=master != 0,
         has_cached=cached != 0,
-        has_outer=outer != 0,
+        has_companion=companion != 0,
         has_moment=has_moment,
     )
 
@@ -195,10 +226,10 @@ def elements(at, own, c, i, inside, rule: constexpr, P: constexpr, T: constexpr)
         due = tl.load(own)
     if due != 0:
         s = numbers(own, 0, SLOW_COEFFICIENTS)
-        mask = at.has_outer & inside
-        p, slow, outer = slow_weights(s, p, load(at.slow, i, inside), load(at.outer, i, mask))
+        mask = at.has_companion & inside
+        p, slow, outer = slow_weights(s, p, load(at.slow, i, inside), load(at.companion, i, mask))
         store(at.slow, i, slow, inside)
-        store(at.outer, i, outer, mask)
+        store(at.companion, i, outer, mask)
         mask = at.has_moment[0] & at.has_cached & inside
         moment, cached = slow_moment(s, moment, load(at.cached, i, mask))
         store(at.cached, i, cached, mask)
@@ -213,6 +244,44 @@ def elements(at, own, c, i, inside, rule: constexpr, P: constexpr, T: constexpr)
     store(at.param, i, p, changes)
 
 
+@triton.jit
+def averaged_elements(at, own, i, inside, rule: constexpr, P: constexpr, T: constexpr):
+    """The same of a row whose policy averages. Its parameter has a master where it is kept in fewer bits."""
+    y = load(at.param, i, inside) if P == T else load(at.master, i, inside)
+    if rule.reads_gradient:
+        g = load(at.grad, i, inside).to(T)
+        capture = tl.load(own + 1)
+        z = tl.where(capture != 0, y, load(at.slow, i, (capture == 0) & inside))
+        x = slow_average(tl.load(own + RECOVERY), y, z)
+        moments = ()
+        for m in tl.static_range(rule.moments):
+            moments += (load(at.moments[m], i, at.has_moment[m] & inside),)
+        # Read here, as all that is decided: with these held over the blocks, AMD's registers spill.
+        c = numbers(own, SLOW_COEFFICIENTS, SLOW_COEFFICIENTS + rule.coefficients)
+        z, moments = rule.update(c, z, g, moments)
+        for m in tl.static_range(rule.moments):
+            store(at.moments[m], i, moments[m], at.has_moment[m] & inside)
+    else:
+        # Theta was put where z is for another optimizer's step, and x is kept.
+        z = y
+        x = load(at.companion, i, inside)
+    store(at.slow, i, z, inside)
+    y, x = slow_averaged(tl.load(own + RECOVERY + 1), tl.load(own + RECOVERY + 2), z, x)
+    if not rule.reads_gradient:
+        store(at.companion, i, x, inside)
+    if P != T:
+        store(at.master, i, y, inside)
+    store(at.param, i, y, inside)
+
+
+@triton.jit
+def walked(at, own, c, i, inside, rule: constexpr, averages: constexpr, P: constexpr, T: constexpr):
+    if averages:
+        averaged_elements(at, own, i, inside, rule, P, T)
+    else:
+        elements(at, own, c, i, inside, rule, P, T)
+
+
 @triton.jit(do_not_specialize=["found_inf", "chunks_at", "gradients_at"])
 def chunks(
     fixed,
@@ -222,6 +291,7 @@ def chunks(
     chunks_at,
     gradients_at,
     rule: constexpr,
+    averages: constexpr,
     P: constexpr,
     G: constexpr,
 ):
@@ -243,8 +313,8 @@ def chunks(
         if rule.reads_gradient | (due != 0):
             # Each array is at least as aligned as this: an offset counts elements, of which each has two bytes or more.
             address = offset | read(row, ROW_PARAM, tl.int64) | read(row, ROW_MASTER_PARAM, tl.int64)
-            address = address | read(row, ROW_SLOW_PARAM, tl.int64) | read(row, ROW_CACHED_MOMENTUM, tl.int64)
-            address = address | read(row, ROW_OUTER_MOMENTUM_BUFFER, tl.int64)
+            address = address | read(row, ROW_SLOW, tl.int64) | read(row, ROW_CACHED_MOMENTUM, tl.int64)
+            address = address | read(row, ROW_COMPANION, tl.int64)
             for m in tl.static_range(rule.moments):
                 address = address | read(row, ROW_MOMENT + m * 8, tl.int64)
             if rule.reads_gradient:
@@ -252,17 +322,20 @@ def chunks(
             whole = 0
             if address % 16 == 0:
                 whole = count // BLOCK * BLOCK
-            lane = tl.arange(0, BLOCK)
             if whole > 0:
                 at = arrays(row, gradient, offset, acts_on_moment, rule, P, G, T, True)
+                lane = tl.arange(0, BLOCK)
                 for begin in range(0, whole, BLOCK):
                     inside = tl.full([BLOCK], True, tl.int1)
-                    elements(at, own, c, begin + lane, inside, rule, P, T)
+                    walked(at, own, c, begin + lane, inside, rule, averages, P, T)
             if whole < count:
                 at = arrays(row, gradient, offset, acts_on_moment, rule, P, G, T, False)
-                for begin in range(whole, count, BLOCK):
+                # A mask takes AMD's scalar registers, two for each of a thread's elements.
+                few: constexpr = TAIL if averages else BLOCK
+                lane = tl.arange(0, few)
+                for begin in range(whole, count, few):
                     inside = begin + lane < count
-                    elements(at, own, c, begin + lane, inside, rule, P, T)
+                    walked(at, own, c, begin + lane, inside, rule, averages, P, T)
 
 
 DTYPES = {dtype: getattr(tl, str(dtype).removeprefix("torch.")) for dtype in PARAM_DTYPES}

@@ -1,6 +1,5 @@
-"""The rules and policies in Triton, as in `csrc/rules` and `csrc/slow`: under the same names and in the same order of
-operations, so that the two can be read side by side. What the hyperparameters of a rule or a policy are called is asked
-of the compiled module.
+"""The rules in Triton, as in `csrc/rules`: under the same names and in the same order of operations, so that the two
+can be read side by side. What the hyperparameters of a rule are called is asked of the compiled module.
 
 The same bits as everywhere: launched with enable_fp_fusion=False, and in fp32 with the division and the root that round
 correctly, since Triton's plain ones approximate.
@@ -19,13 +18,13 @@ from .. import _build as build
 
 constexpr = tl.constexpr
 
-_native = build.module("_cpu")
+native = build.module("_cpu")
 # ROW_STEP and the like: where a field stands in a struct, in bytes.
-LAYOUT = {name: constexpr(value) for name, value in _native.layout().items()}
+LAYOUT = {name: constexpr(value) for name, value in native.layout().items()}
 globals().update(LAYOUT)
-# All that compiled code comes from: this file, the walk beside it, and what they ask of the compiled module.
-_FILES = [Path(__file__).with_name(name).read_bytes() for name in ("triton_rules.py", "triton_kernels.py")]
-SOURCE = f"{_FILES} {_native.layout()} {_native.rules()} {_native.policies()}"
+# All that compiled code comes from: this file, those beside it, and what they ask of the compiled module.
+_FILES = [Path(__file__).with_name(f"triton_{name}.py").read_bytes() for name in ("rules", "policies", "kernels")]
+SOURCE = f"{_FILES} {native.layout()} {native.rules()} {native.policies()}"
 
 # Rows of a program that prepares coefficients.
 ROWS = constexpr(32)
@@ -94,17 +93,17 @@ def gradient_factor(maximize, grad_scale):
 
 # By this Triton finds compiled code on disk. Of functions in a tuple it would take the names alone, and serve a rule or
 # a policy as it was before it was edited.
-_cache_key = property(lambda self: f"{SOURCE} {tuple(self)}")
+compiled_key = property(lambda self: f"{SOURCE} {tuple(self)}")
 
 
 # What a walk is told of a rule. The last three are numbers: of its hyperparameters, coefficients and moments.
 class Rule(namedtuple("Rule", "prepare update reads_gradient hypers coefficients moments")):
-    cache_key = _cache_key
+    cache_key = compiled_key
 
 
 # ---- csrc/rules/adam.h
 
-AdamHyper = namedtuple("AdamHyper", _native.rules()["adam"][0])
+AdamHyper = namedtuple("AdamHyper", native.rules()["adam"][0])
 AdamCoefficients = namedtuple(
     "AdamCoefficients",
     "gradient_factor decay weight_decay exp_avg_factor exp_avg_from_a beta2 one_minus_beta2 step_size "
@@ -157,7 +156,7 @@ def adam_update(c, p, g, moments):
 
 # ---- csrc/rules/sgd.h
 
-SgdHyper = namedtuple("SgdHyper", _native.rules()["sgd"][0])
+SgdHyper = namedtuple("SgdHyper", native.rules()["sgd"][0])
 SgdCoefficients = namedtuple(
     "SgdCoefficients", "gradient_factor weight_decay momentum one_minus_dampening lr decays accelerated nesterov first"
 )
@@ -195,7 +194,7 @@ def sgd_update(c, p, g, moments):
 
 # ---- csrc/rules/rmsprop.h
 
-RMSpropHyper = namedtuple("RMSpropHyper", _native.rules()["rmsprop"][0])
+RMSpropHyper = namedtuple("RMSpropHyper", native.rules()["rmsprop"][0])
 RMSpropCoefficients = namedtuple(
     "RMSpropCoefficients",
     "gradient_factor weight_decay alpha one_minus_alpha grad_avg_factor grad_avg_from_a eps momentum lr "
@@ -248,7 +247,7 @@ def rmsprop_update(c, p, g, moments):
 
 # ---- csrc/rules/radam.h
 
-RAdamHyper = namedtuple("RAdamHyper", _native.rules()["radam"][0])
+RAdamHyper = namedtuple("RAdamHyper", native.rules()["radam"][0])
 RAdamCoefficients = namedtuple(
     "RAdamCoefficients",
     "gradient_factor decay weight_decay exp_avg_factor exp_avg_from_a beta2 one_minus_beta2 step_size eps "
@@ -304,7 +303,7 @@ def radam_update(c, p, g, moments):
 
 # ---- csrc/rules/lion.h
 
-LionHyper = namedtuple("LionHyper", _native.rules()["lion"][0])
+LionHyper = namedtuple("LionHyper", native.rules()["lion"][0])
 LionCoefficients = namedtuple(
     "LionCoefficients", "gradient_factor decay lr beta1 one_minus_beta1 beta2 one_minus_beta2"
 )
@@ -347,108 +346,11 @@ def external_update(c, p, g, moments):
     return p, moments
 
 
-# ---- csrc/slow/policy.h
-
-
-# What the kernel of rows is told of a policy, at last how many hyperparameters it has.
-class Policy(namedtuple("Policy", "prepare hypers")):
-    cache_key = _cache_key
-
-
-# What every policy decides for a row.
-SlowStep = namedtuple(
-    "SlowStep",
-    "due capture acts_on_moment restarts weight_factor weight_from_a pullback outer outer_alpha outer_momentum",
-)
-SLOW_COEFFICIENTS = constexpr(len(SlowStep._fields))
-
-
-@triton.jit
-def slow_weights(c, p, slow, buffer):
-    c = SlowStep(*c)
-    if c.outer != 0:
-        difference = slow - p
-        buffer = c.outer_momentum * buffer + difference
-        slow = slow - c.outer_alpha * tl.where(c.outer == NESTEROV, difference + c.outer_momentum * buffer, buffer)
-        p = slow
-    else:
-        slow = lerp(c.weight_factor, c.weight_from_a, slow, p)
-        p = tl.where(c.restarts != 0, slow, p)
-    return p, slow, buffer
-
-
-@triton.jit
-def slow_moment(c, m, cached):
-    c = SlowStep(*c)
-    pulled = lerp(c.weight_factor, c.weight_from_a, cached, m)
-    m = tl.where(c.pullback == PULLBACK_INTERPOLATE, pulled, m)
-    m = tl.where(c.pullback == PULLBACK_RESET, 0.0, m)
-    return m, tl.where(c.pullback == PULLBACK_INTERPOLATE, pulled, cached)
-
-
-# ---- csrc/slow/lookahead.h
-
-LookaheadHyper = namedtuple("LookaheadHyper", _native.policies()["lookahead"])
-
-
-@triton.jit
-def lookahead_prepare(hyper, step, made_after, captures, by_count, now):
-    hyper = LookaheadHyper(*hyper)
-    weight = lerp_with(tl.minimum(hyper.alpha, 1.0))
-    return SlowStep(
-        due=(by_count & (step % hyper.k.to(tl.int64) == 0)) | now,
-        capture=captures,
-        acts_on_moment=hyper.pullback_momentum != PULLBACK_KEEP,
-        restarts=tl.full([ROWS], 1, tl.int32),
-        weight_factor=weight.factor,
-        weight_from_a=weight.from_a,
-        pullback=hyper.pullback_momentum,
-        outer=tl.where(hyper.outer_momentum != 0, tl.where(hyper.outer_nesterov != 0, NESTEROV, CLASSICAL), 0),
-        outer_alpha=hyper.alpha,
-        outer_momentum=hyper.outer_momentum,
-    )
-
-
-# ---- csrc/slow/ema.h
-
-EmaHyper = namedtuple("EmaHyper", _native.policies()["ema"])
-
-
-@triton.jit
-def ema_prepare(hyper, step, made_after, captures, by_count, now):
-    hyper = EmaHyper(*hyper)
-    every = hyper.every.to(tl.int64)
-    since = step - tl.maximum(made_after, hyper.start.to(tl.int64))
-    n = tl.maximum(since, 0) // every
-    count = n.to(tl.float64)
-    weight = tl.where(hyper.decay == EMA_UNIFORM, 1.0 / (count + 1.0), 1.0 - hyper.decay)
-    warm = (1.0 + count) / (10.0 + count)
-    weight = tl.where((hyper.warmup != 0) & (warm < hyper.decay), 1.0 - warm, weight)
-    weight = lerp_with(tl.where(n == 0, 1.0, weight))
-    none = tl.full([ROWS], 0.0, tl.float64)
-    return SlowStep(
-        due=by_count & (since >= 0) & (since % every == 0),
-        capture=captures,
-        acts_on_moment=none,
-        restarts=none,
-        weight_factor=weight.factor,
-        weight_from_a=weight.from_a,
-        pullback=none,
-        outer=none,
-        outer_alpha=none,
-        outer_momentum=none,
-    )
-
-
 def _rule(name: str, prepare: Any, update: Any, coefficients: tuple[str, ...]) -> Rule:
-    hypers, moments = _native.rules()[name]
+    hypers, moments = native.rules()[name]
     numbers = bool(coefficients), len(hypers), len(coefficients), len(moments)
     # Constants each: out of a tuple that is a constant, Triton 3.7 takes plain numbers, and loops over none.
     return Rule(prepare, update, *map(constexpr, numbers))
-
-
-def _policy(name: str, prepare: Any) -> Policy:
-    return Policy(prepare, constexpr(len(_native.policies()[name])))
 
 
 RULES = {
@@ -458,8 +360,4 @@ RULES = {
     "radam": _rule("radam", radam_prepare, radam_update, RAdamCoefficients._fields),
     "lion": _rule("lion", lion_prepare, lion_update, LionCoefficients._fields),
     "external": _rule("external", external_prepare, external_update, ()),
-}
-POLICIES = {
-    "lookahead": _policy("lookahead", lookahead_prepare),
-    "ema": _policy("ema", ema_prepare),
 }

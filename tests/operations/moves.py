@@ -11,7 +11,7 @@ import torch
 from helpers import make_tensor, seeded
 from torch import Tensor
 
-from lookahead_fused._rows import OURS
+from lookahead_fused import _policies
 
 from .registry import operation
 from .steps import give_gradients, lay_out
@@ -197,7 +197,7 @@ def replace_state(world: World, draw: random.Random) -> str:
     whole, counts = draw.random() < 0.3, draw.choice((torch.float32, torch.int64, torch.float64))
     replaced = {}
     for name, value in own.items():
-        ours = has_bits(world.rule) or name in OURS
+        ours = has_bits(world.rule) or name in _policies.Lookahead().entries
         if isinstance(value, Tensor) and name.endswith("step"):
             replaced[name] = value.to(counts, copy=True) if ours else value.clone()
         elif isinstance(value, Tensor):

@@ -1,8 +1,7 @@
 """The Triton backend on the host: its kernels in Triton's interpreter, as a further backend.
 
-`triton-host` is the class, the table, `backends/triton.py`, `triton_kernels.py` and `triton_rules.py`, as they are;
-only what torch would answer about streams and devices is stood in for, and the interpreter is made quick enough for a
-suite.
+`triton-host` is the class, the table, `backends/triton.py` and the files of its kernels, as they are; only what torch
+would answer about streams and devices is stood in for, and the interpreter is made quick enough for a suite.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ import torch
 from lookahead_fused import _build as build
 
 NAME = "triton-host"
+# What compiled code comes from, each file after those that it imports.
+ROOMS = ("rules", "policies", "kernels")
 
 
 @functools.cache
@@ -34,7 +35,7 @@ def missing() -> str:
 
 @functools.cache
 def kernels() -> ModuleType:
-    """A second `backends/triton_kernels.py` over a second `triton_rules.py`, interpreted."""
+    """A second `backends/triton_kernels.py` over a second one of what it imports, interpreted."""
     import triton
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction, interpreter_builder, interpreter_semantic
@@ -46,18 +47,18 @@ def kernels() -> ModuleType:
     before = triton.knobs.runtime.interpret
     triton.knobs.runtime.interpret = True
     try:
-        module, rules = kernels_again()
+        rules, policies, module = kernels_again()
     finally:
         triton.knobs.runtime.interpret = before
-    for room in (rules, module):
+    for room in (rules, policies, module):
         for name, value in list(vars(room).items()):
             # Called from within a kernel, the interpreter's function prepares Triton's whole language anew each time.
             if isinstance(value, InterpretedFunction):
                 setattr(room, name, replay.Kernel(value) if name in ("rows", "chunks") else value.rewrite())
-    for told in (module.RULES, module.POLICIES):
+    for told, room in ((module.RULES, rules), (module.POLICIES, policies)):
         for name, constants in told.items():
             functions = {field: f for field, f in constants._asdict().items() if hasattr(f, "__name__")}
-            told[name] = constants._replace(**{field: getattr(rules, f.__name__) for field, f in functions.items()})
+            told[name] = constants._replace(**{field: getattr(room, f.__name__) for field, f in functions.items()})
     # Triton's own library was imported to be compiled; of its functions this is the only one that is called.
     rules.largest = lambda n: tl.tensor(interpreter_semantic.builder.create_largest(n.handle), n.dtype)
     return module
@@ -107,17 +108,19 @@ def backend() -> ModuleType:
     return module
 
 
-def kernels_again(folder: Path | None = None) -> tuple[ModuleType, ModuleType]:
-    """A second `triton_kernels.py`, and the second `triton_rules.py` that it imports; edited ones from a folder."""
-    name = "lookahead_fused.backends.triton_rules"
-    first, second = sys.modules.get(name), _again("triton_rules", folder)
-    sys.modules[name] = second
+def kernels_again(folder: Path | None = None) -> tuple[ModuleType, ...]:
+    """A second one of each file of kernels, which imports second ones; edited ones from a folder."""
+    names = [f"lookahead_fused.backends.triton_{room}" for room in ROOMS]
+    first = {name: sys.modules.pop(name, None) for name in names}
     try:
-        return _again("triton_kernels", folder), second
+        for room, name in zip(ROOMS, names, strict=True):
+            sys.modules[name] = _again(f"triton_{room}", folder)
+        return tuple(sys.modules[name] for name in names)
     finally:
-        del sys.modules[name]
-        if first is not None:
-            sys.modules[name] = first
+        for name, module in first.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
 
 
 def _again(name: str, folder: Path | None = None) -> ModuleType:
