@@ -124,8 +124,8 @@ class FusedLookahead(Interpolating):
             ValueError: The checkpoint's groups are not this optimizer's.
         """
         with self._lock:
-            self._refuse_inside_slow_weights("load_state_dict()")
-            with checkpoint.exactly(self, state_dict, self.policy):
+            self._refuse_inside_slow_weights("load_state_dict()", unless_evaluating=True)
+            with checkpoint.exactly(self, state_dict, self.policy, self._restore_mode):
                 super().load_state_dict(state_dict)
             self._table.invalidate()
 

@@ -36,6 +36,9 @@ class Policy:
     name: ClassVar[str]
     # Its events are counted from where the slow weights were made, which is kept in the state.
     keeps_start: ClassVar[bool] = False
+    # A run can go on from its slow weights only together with the training weights, which no other entry of the state
+    # tells: a state dict of inside `slow_weights()` carries them.
+    recovers: ClassVar[bool] = False
 
     @property
     def arguments(self) -> tuple[Argument, ...]:
