@@ -58,8 +58,11 @@ class SlowWeights(Optimizer):
         weights. Loading both, in either order, evaluates again: `train()` then brings back the training weights, and
         training goes on as if it had never been interrupted. Loading leaves the mode where a checkpoint was not saved
         in it: parameters that were not written since `eval()` get their training weights back, and others, into which
-        their own were loaded, keep them. torch.distributed.checkpoint loads only what its template has: make a fresh
-        optimizer's state, then call `eval()`, then take the template.
+        their own were loaded, keep them.
+
+        torch.distributed.checkpoint reads only what its template has, which is to be taken of an optimizer that has
+        state and evaluates; and of a `flatten_optimizer_state_dict` never the training weights. Without them what is
+        loaded is a checkpoint of inside `slow_weights()`: the run goes on from the slow weights.
 
         Raises:
             RuntimeError: From `step()` and `sync()` until `train()` is called.
@@ -102,6 +105,12 @@ class SlowWeights(Optimizer):
         return not any(is_fsdp1(param) for group in self.param_groups for param in group["params"])
 
     def _refuse_inside_slow_weights(self, call: str, unless_evaluating: bool = False) -> None:
+        if self._depth == 0:
+            return
+        if call == "step()":
+            # A GradScaler takes back what it told a step once that has returned, and else tells the next one both.
+            for told in ("grad_scale", "found_inf"):
+                self.__dict__.pop(told, None)
         if self._depth > self._evaluating:
             raise RuntimeError(
                 f"{call} inside slow_weights(): leave the block first, the parameters hold the slow weights"
