@@ -26,7 +26,7 @@ from processes import needs_gloo, two_ranks
 from runs import advance, assert_same_run, copies, fresh, gradients_of, tensors_of, through_a_file
 from test_interrupts import at_all_moments, usual_handler  # noqa: F401
 
-from lookahead_fused import EMA, Lookahead, LookaheadAdamW
+from lookahead_fused import EMA, Lookahead
 
 Make = Callable[[Any, BackendCase], Any]
 SHAPES = ((7,), (3, 5), (0,), (), (4,))
@@ -226,11 +226,12 @@ def test_a_group_added_while_evaluating(backend: BackendCase) -> None:
     theta = values_of(params)
     optimizer.eval()
     late = copies(params[:1])
+    start = late[0].detach().clone()
     optimizer.add_param_group({"params": late})
     saved = optimizer.state_dict()
     assert [i for i, own in saved["state"].items() if "train_param" in own] == [0, 1, 2, 3]
     optimizer.train()
-    assert_hold([*params, *late], [*theta, theta[0]] if torch.equal(late[0], theta[0]) else [*theta, late[0].detach()])
+    assert_hold([*params, *late], [*theta, start])
     advance(optimizer, [*params, *late], [CUT])
     assert optimizer.state[late[0]]["step"].item() == 1
 
@@ -351,7 +352,6 @@ def test_what_a_state_dict_holds(backend: BackendCase, make: Make, dtype: torch.
     held = optimizer.state_dict()
     for _ in range(2):
         assert [i for i, own in held["state"].items() if "train_param" in own] == [0, 1, 2, 3]
-        assert_hold(params[:0], [])
         for i, own in held["state"].items():
             assert same_tensor_bits(own["train_param"], theta[i])
         assert_unchanged(outside, without_train_params(held))
@@ -834,9 +834,3 @@ for dtype in (torch.float32, torch.bfloat16):
 def test_shards(tmp_path: Path) -> None:
     """Of a DTensor the training weights are one too, which torch.distributed.checkpoint can put together."""
     two_ranks(SHARDS, tmp_path)
-
-
-def test_a_class_and_a_trainer() -> None:
-    """As trainers find out: by name, before each evaluation and each step."""
-    optimizer = LookaheadAdamW(make_params([(3,)]))
-    assert all(callable(getattr(optimizer, call)) for call in ("eval", "train"))
