@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import warnings
@@ -656,14 +657,15 @@ def test_a_base_with_modes(backend: BackendCase, name: str, dtype: torch.dtype) 
         assert optimizer.train() is None
         assert_hold(params[:-1], theta)
     assert base.calls == ["eval", "eval", "train", "train"]
-    with optimizer.slow_weights():
-        optimizer.eval()
+    for eval_inside, train_inside in ((True, False), (False, True), (True, True)):
+        with optimizer.slow_weights() if eval_inside else contextlib.nullcontext():
+            optimizer.eval()
+            assert_hold(params[:-1], phi)
         assert_hold(params[:-1], phi)
-    assert_hold(params[:-1], phi)
-    with optimizer.slow_weights():
-        optimizer.train()
-        assert_hold(params[:-1], phi)
-    assert_hold(params[:-1], theta)
+        with optimizer.slow_weights() if train_inside else contextlib.nullcontext():
+            optimizer.train()
+            assert_hold(params[:-1], phi if train_inside else theta)
+        assert_hold(params[:-1], theta)
     with optimizer.slow_weights():
         optimizer.eval()
         optimizer.train()
@@ -685,8 +687,13 @@ def test_a_base_with_modes_resumes(backend: BackendCase, name: str, dtype: torch
     assert_unchanged(saved["state"][0]["train_param"] * 4, begun(WITH_MODES[name], backend, dtype)[1][0].detach())
     twin_params = copies(weights)
     twin = WITH_MODES[name](twin_params, backend)
-    twin.load_state_dict(saved)
+    # What is loaded in an inference mode outlives it, and nobody else's tensors are written into.
+    with torch.inference_mode():
+        twin.load_state_dict(copied := copy.deepcopy(saved))
     twin.eval()
+    assert_unchanged(saved, copied)
+    for value in tensors_of(copied):
+        value.zero_()
     assert_hold(twin_params[:-1], weights[:-1])
     for o, ps in ((optimizer, params), (twin, twin_params)):
         o.train()
