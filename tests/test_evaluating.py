@@ -688,8 +688,9 @@ def test_a_base_with_modes_resumes(backend: BackendCase, name: str, dtype: torch
     twin_params = copies(weights)
     twin = WITH_MODES[name](twin_params, backend)
     # What is loaded in an inference mode outlives it, and nobody else's tensors are written into.
+    copied = copy.deepcopy(saved)
     with torch.inference_mode():
-        twin.load_state_dict(copied := copy.deepcopy(saved))
+        twin.load_state_dict(copied)
     twin.eval()
     assert_unchanged(saved, copied)
     for value in tensors_of(copied):
