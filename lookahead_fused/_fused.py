@@ -91,7 +91,7 @@ class FusedLookahead(Interpolating):
             What the closure returned, else None.
 
         Raises:
-            RuntimeError: Inside `slow_weights()`, or a named backend cannot serve.
+            RuntimeError: Inside `slow_weights()` or after `eval()`, or a named backend cannot serve.
             TypeError: A gradient is sparse, complex or not floating-point.
             ValueError: A hyperparameter was set to a value that nothing can be computed with, a parameter or a state
                 tensor has lost its memory, or a gradient does not fit its parameter.

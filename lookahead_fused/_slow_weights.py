@@ -211,7 +211,7 @@ class Interpolating(SlowWeights):
         Step counts stay, so the next sync of the rhythm comes when it would have come.
 
         Raises:
-            RuntimeError: Inside `slow_weights()`, or a named backend cannot serve.
+            RuntimeError: Inside `slow_weights()` or after `eval()`, or a named backend cannot serve.
             ValueError, TypeError: A setting or a state is not acceptable. Nothing has changed then.
         """
         with self._lock:

@@ -134,7 +134,7 @@ class Wrapper(SlowWeights):
             What the base's step would return: the closure's loss, or None.
 
         Raises:
-            RuntimeError: Inside `slow_weights()`, or a named backend cannot serve.
+            RuntimeError: Inside `slow_weights()` or after `eval()`, or a named backend cannot serve.
             TypeError: A gradient is sparse, complex or not floating-point, and the base is fused.
             ValueError: A setting or a state is not acceptable, or pullback_momentum names a moment that the base does
                 not keep. Nothing has changed then, but where a base has stepped before, and gives a parameter that is
