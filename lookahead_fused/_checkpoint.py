@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -12,11 +12,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._policies import Policy
-from ._tensors import count_device
+from ._tensors import count_device, local_tensor
 from ._torch import is_dtensor, is_plain
 
 # torch's switches, which here change nothing and which a torch class would read back as its own.
 TORCH_SWITCHES = ("foreach", "fused", "capturable", "differentiable")
+
+# The training weights of a parameter that held its slow weights when its state was saved. They stand in state dicts
+# alone, never in an optimizer's state.
+TRAIN = "train_param"
+
+Restore = Callable[[list[tuple[Tensor, Tensor]]], None]
 
 
 def check_switches(group: Mapping[str, Any]) -> None:
@@ -33,6 +39,7 @@ def exactly(
     optimizer: Optimizer,
     state_dict: dict[str, Any],
     policy: Policy,
+    restore_mode: Restore,
     exact_names: Container[str] | None = None,
 ) -> Iterator[None]:
     """Puts right what torch's own loading, in the block, changes.
@@ -42,10 +49,11 @@ def exactly(
         state_dict: What is loaded, this optimizer's or that of the torch class it stands for.
         policy: The names of Lookahead's entries in the groups. Those that the state dict lacks stay as they are, and so
             does the choice of a backend: it belongs to the machine, not to the run.
+        restore_mode: Is told of the parameters that come with training weights, and of these.
         exact_names: The state entries that keep the precision they were saved in. None: all of them. The others are
             another optimizer's, and become what its own loading makes of them.
     """
-    loading = Loading(optimizer, policy, exact_names)
+    loading = Loading(optimizer, policy, restore_mode, exact_names)
     hooks = []
     if hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):
         # The last to see the state dict, after hooks that return another; and the first after the loading.
@@ -67,12 +75,16 @@ def exactly(
 class Loading:
     """One loading of a state dict into an optimizer: how the groups were before, and what came."""
 
-    def __init__(self, optimizer: Optimizer, policy: Policy, exact_names: Container[str] | None) -> None:
+    def __init__(
+        self, optimizer: Optimizer, policy: Policy, restore_mode: Restore, exact_names: Container[str] | None
+    ) -> None:
         self.optimizer, self.policy, self.exact_names = optimizer, policy, exact_names
+        self.restore_mode = restore_mode
         self.before = [dict(group) for group in optimizer.param_groups]
         self.loaded: dict[str, Any] = {}
 
     def given(self, state_dict: dict[str, Any]) -> None:
+        _check_train_params(state_dict, self.optimizer.param_groups, self.policy.slow)
         self.loaded = dict(state_dict)
 
     def put_right(self) -> None:
@@ -88,15 +100,18 @@ class Loading:
                     group.pop(key, None)
         # What is loaded while somebody evaluates outlives that.
         with torch.inference_mode(False), torch.no_grad():
-            self._copy_exactly()
+            self.restore_mode(self._copy_exactly())
 
-    def _copy_exactly(self) -> None:
-        indices = chain.from_iterable(group["params"] for group in self.loaded["param_groups"])
-        params: Iterable[Tensor] = chain.from_iterable(group["params"] for group in self.optimizer.param_groups)
-        for index, param in zip(indices, params, strict=True):
+    def _copy_exactly(self) -> list[tuple[Tensor, Tensor]]:
+        """The parameters that come with training weights, and these."""
+        train_params = []
+        for index, param in given_by_index(self.loaded, self.optimizer.param_groups):
             for name, value in self.loaded["state"].get(index, {}).items():
                 own = self.optimizer.state[param]
-                if isinstance(value, Tensor) and (self.exact_names is None or name in self.exact_names):
+                if name == TRAIN:
+                    own.pop(name, None)
+                    train_params.append((param, value.detach().to(param.device, copy=True)))
+                elif isinstance(value, Tensor) and (self.exact_names is None or name in self.exact_names):
                     # A count of updates is in fp64 on every device, also on one that has none.
                     device = count_device(param.device) if value.dtype == torch.float64 else param.device
                     own[name] = value.detach().to(device, copy=True)
@@ -107,3 +122,35 @@ class Loading:
                 elif isinstance(value, str):
                     # torch's loading takes it for a sequence, and makes the repr of a generator of it.
                     own[name] = value
+        return train_params
+
+
+def given_by_index(
+    state_dict: Mapping[str, Any], groups: list[dict[str, Any]], strict: bool = True
+) -> list[tuple[Any, Tensor]]:
+    """What a state dict calls each parameter, and the parameter: they stand in the same order."""
+    indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+    params = chain.from_iterable(group["params"] for group in groups)
+    return list(zip(indices, params, strict=strict))
+
+
+def _check_train_params(state_dict: Mapping[str, Any], groups: list[dict[str, Any]], slow: str) -> None:
+    """Raises TypeError or ValueError for training weights that cannot be their parameter's."""
+    state = state_dict["state"]
+    if not any(isinstance(entries, Mapping) and TRAIN in entries for entries in state.values()):
+        return
+    # Where there are more of one than of the other, torch is about to raise.
+    for index, param in given_by_index(state_dict, groups, strict=False):
+        entries = state.get(index)
+        if not isinstance(entries, Mapping) or TRAIN not in entries:
+            continue
+        train, shape = entries[TRAIN], tuple(local_tensor(param).shape)
+        if not isinstance(train, Tensor):
+            raise TypeError(f"state {TRAIN!r} of parameter {index!r} must be a Tensor, got {type(train).__name__}")
+        if tuple(local_tensor(train).shape) != shape:
+            raise ValueError(
+                f"state {TRAIN!r} of parameter {index!r} must have the parameter's shape {shape}, got "
+                f"{tuple(local_tensor(train).shape)}"
+            )
+        if not isinstance(entries.get(slow), Tensor):
+            raise ValueError(f"state {TRAIN!r} of parameter {index!r} must stand beside {slow!r}, which is not there")

@@ -25,7 +25,8 @@ class Wrapper(Protocol):
     @property
     def _exact_names(self) -> tuple[str, ...] | None: ...
     def _loaded(self) -> None: ...
-    def _refuse_inside_slow_weights(self, call: str) -> None: ...
+    def _restore_mode(self, train_params: list[tuple[Tensor, Tensor]]) -> None: ...
+    def _refuse_inside_slow_weights(self, call: str, unless_evaluating: bool = False) -> None: ...
 
 
 class BaseDoor:
@@ -64,8 +65,8 @@ class BaseDoor:
         wrapper = self._wrapper()
         if wrapper is None or self._held:
             return
-        wrapper._refuse_inside_slow_weights("load_state_dict()")
-        self._loading = checkpoint.Loading(base, wrapper._table.policy, wrapper._exact_names)
+        wrapper._refuse_inside_slow_weights("load_state_dict()", unless_evaluating=True)
+        self._loading = checkpoint.Loading(base, wrapper._table.policy, wrapper._restore_mode, wrapper._exact_names)
         self._loading.given(state_dict)
 
     def _after_load(self, base: Optimizer) -> None:

@@ -91,7 +91,7 @@ class FusedLookahead(Interpolating):
             What the closure returned, else None.
 
         Raises:
-            RuntimeError: Inside `slow_weights()`, or a named backend cannot serve.
+            RuntimeError: Inside `slow_weights()` or after `eval()`, or a named backend cannot serve.
             TypeError: A gradient is sparse, complex or not floating-point.
             ValueError: A hyperparameter was set to a value that nothing can be computed with, a parameter or a state
                 tensor has lost its memory, or a gradient does not fit its parameter.
@@ -124,8 +124,8 @@ class FusedLookahead(Interpolating):
             ValueError: The checkpoint's groups are not this optimizer's.
         """
         with self._lock:
-            self._refuse_inside_slow_weights("load_state_dict()")
-            with checkpoint.exactly(self, state_dict, self.policy):
+            self._refuse_inside_slow_weights("load_state_dict()", unless_evaluating=True)
+            with checkpoint.exactly(self, state_dict, self.policy, self._restore_mode):
                 super().load_state_dict(state_dict)
             self._table.invalidate()
 

@@ -82,7 +82,7 @@ class Lookahead(Wrapper, Interpolating):
         Step counts stay, so the next sync of the rhythm comes when it would have come.
 
         Raises:
-            RuntimeError: Inside `slow_weights()`, or a named backend cannot serve.
+            RuntimeError: Inside `slow_weights()` or after `eval()`, or a named backend cannot serve.
             ValueError, TypeError: A setting or a state is not acceptable, or pullback_momentum names a moment that the
                 base does not keep. Nothing has changed then.
         """

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ._checkpoint import TRAIN, given_by_index
 from ._interrupts import uninterrupted
 from ._swap import Swap
 from ._table import Table
@@ -19,8 +22,9 @@ class SlowWeights(Optimizer):
     """The part of the public face that all optimizers with slow weights share."""
 
     _table: Table
-    # How many slow_weights() blocks are open, and in the outermost what to undo at its end.
+    # How many slow_weights() blocks are open, eval() counted as one, and what to undo at the end of the outermost.
     _depth: int = 0
+    _evaluating: bool = False
     _swap: Swap | None = None
     _saving: RemovableHandle | None = None
 
@@ -42,6 +46,39 @@ class SlowWeights(Optimizer):
             ValueError, TypeError: A slow weight has another shape than its parameter. Nothing has changed then.
         """
         return _Block(self)
+
+    def eval(self) -> None:
+        """Puts the slow weights into the parameters until `train()` is called, for trainers that call the two.
+
+        It is a `slow_weights()` that stays open, blocks and modes may be nested, and twice is once. Of a wrapper, the
+        base's own `eval()`, where it has one, is called first, each time.
+
+        A `state_dict()` in between carries the training weights as `train_param`, and the model's own one the slow
+        weights. Loading both, in either order, evaluates again: `train()` then brings back the training weights, and
+        training goes on as if it had never been interrupted. Loading leaves the mode where a checkpoint was not saved
+        in it: parameters that were not written since `eval()` get their training weights back, and others, into which
+        their own were loaded, keep them.
+
+        torch.distributed.checkpoint reads only what its template has, which is to be taken of an optimizer that has
+        state and evaluates; and of a `flatten_optimizer_state_dict` never the training weights. Without them what is
+        loaded is a checkpoint of inside `slow_weights()`: the run goes on from the slow weights.
+
+        Raises:
+            RuntimeError: From `step()` and `sync()` until `train()` is called.
+            ValueError, TypeError: A slow weight has another shape than its parameter. Nothing has changed then.
+        """
+        with self._lock, uninterrupted():
+            if not self._evaluating:
+                self._enter()
+                self._evaluating = True
+
+    def train(self) -> None:
+        """Ends what `eval()` began: the training weights are in the parameters again, or will be when the last
+        `slow_weights()` block ends. Of a wrapper, the base's own `train()`, where it has one, is called last."""
+        with self._lock, uninterrupted():
+            if self._evaluating:
+                self._evaluating = False
+                self._leave()
 
     def _patch_step_function(self) -> None:
         # torch's constructor calls this for every optimizer, and so does unpickling; in a class whose step is marked it
@@ -66,11 +103,19 @@ class SlowWeights(Optimizer):
             return False
         return not any(is_fsdp1(param) for group in self.param_groups for param in group["params"])
 
-    def _refuse_inside_slow_weights(self, call: str) -> None:
-        if self._depth > 0:
+    def _refuse_inside_slow_weights(self, call: str, unless_evaluating: bool = False) -> None:
+        if self._depth == 0:
+            return
+        if call == "step()":
+            # A GradScaler takes back what it told a step once that has returned, and else tells the next one both.
+            for told in ("grad_scale", "found_inf"):
+                self.__dict__.pop(told, None)
+        if self._depth > self._evaluating:
             raise RuntimeError(
                 f"{call} inside slow_weights(): leave the block first, the parameters hold the slow weights"
             )
+        if self._evaluating and not unless_evaluating:
+            raise RuntimeError(f"{call} after eval(): call train() first, the parameters hold the slow weights")
 
     @property
     def _state_keeper(self) -> Optimizer:
@@ -81,28 +126,46 @@ class SlowWeights(Optimizer):
         """One block more. To be called, as `_leave` is, with the lock and where no interrupt comes."""
         if self._depth == 0:
             swap = Swap(self._table.slow_weights(self.param_groups, self.state))
-            # The first to see a state dict, before hooks that copy its tensors, and whoever asks for it. An optimizer
-            # that never called torch's constructor has no hooks.
-            saving = None
-            if hasattr(self._state_keeper, "_optimizer_state_dict_post_hooks"):
-                saving = self._state_keeper.register_state_dict_post_hook(self._on_slow_weights, prepend=True)
+            saving = self._watch_state_dicts()
             swap.enter()
             self._swap, self._saving = swap, saving
         self._depth += 1
+
+    def _watch_state_dicts(self) -> RemovableHandle | None:
+        # The first to see a state dict, before hooks that copy its tensors, and whoever asks for it. An optimizer that
+        # never called torch's constructor has no hooks.
+        if not hasattr(self._state_keeper, "_optimizer_state_dict_post_hooks"):
+            return None
+        return self._state_keeper.register_state_dict_post_hook(self._on_slow_weights, prepend=True)
 
     def _leave(self) -> None:
         self._depth -= 1
         if self._depth > 0:
             return
-        swap, saving = self._swap, self._saving
+        swap = self._swap
         assert swap is not None
         swap.leave()
-        if saving is not None:
-            saving.remove()
+        self._forget_swap()
+
+    def _forget_swap(self) -> None:
+        if self._saving is not None:
+            self._saving.remove()
         self._swap = self._saving = None
 
+    def _on_training_weights(self, call: Callable[[], Any]) -> None:
+        """Calls what reads or writes the training weights, which are in the parameters meanwhile."""
+        if self._swap is None:
+            call()
+            return
+        self._swap.leave()
+        try:
+            call()
+        finally:
+            self._swap.enter_again()
+
     def _on_slow_weights(self, _: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Inside `slow_weights()` a parameter may hold phi and `slow_param` theta: what is saved is phi."""
+        """Inside `slow_weights()` a parameter may hold phi and `slow_param` theta: what is saved is phi, and where
+        theta is needed to go on, that too."""
         if self._swap is None:
             return state_dict
         traded = self._swap.traded()
@@ -111,7 +174,31 @@ class SlowWeights(Optimizer):
             for index, entries in state_dict["state"].items()
             if isinstance(entries, dict)
         }
+        if self._evaluating or self._table.policy.averages:
+            train_params = self._swap.train_params()
+            for index, param in given_by_index(state_dict, self.param_groups):
+                if id(param) in train_params:
+                    # A copy: what is traded changes in place when the mode is left.
+                    state[index][TRAIN] = train_params[id(param)].detach().clone()
         return {**state_dict, "state": {**state_dict["state"], **state}}
+
+    def _restore_mode(self, train_params: list[tuple[Tensor, Tensor]]) -> None:
+        """A checkpoint was loaded: its mode takes the place of the one that was on.
+
+        Args:
+            train_params: Parameters that hold the slow weights, or will when their model is loaded, each with its
+                training weights.
+        """
+        with self._lock, uninterrupted():
+            if self._swap is not None:
+                # What was written is of the checkpoint's model. Of the others the old slow weights hold theta.
+                self._swap.leave(self._swap.written() | {id(param) for param, _ in train_params})
+                self._forget_swap()
+                self._depth, self._evaluating = 0, False
+            if train_params:
+                swap = Swap.entered(self._table.slow_weights_beside(self.param_groups, self.state, train_params))
+                self._swap, self._saving = swap, self._watch_state_dicts()
+                self._depth, self._evaluating = 1, True
 
 
 class Interpolating(SlowWeights):
@@ -123,7 +210,7 @@ class Interpolating(SlowWeights):
         Step counts stay, so the next sync of the rhythm comes when it would have come.
 
         Raises:
-            RuntimeError: Inside `slow_weights()`, or a named backend cannot serve.
+            RuntimeError: Inside `slow_weights()` or after `eval()`, or a named backend cannot serve.
             ValueError, TypeError: A setting or a state is not acceptable. Nothing has changed then.
         """
         with self._lock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,20 +34,50 @@ class Swap:
         self._trading: list[Pair] = []
         self._aside: list[tuple[Tensor, Tensor, Tensor]] = []
         self._owners: list[Pair] = []
-        with torch.no_grad():
+        self._held: list[Pair] = []
+        self._versions: dict[int, int] = {}
+        # Whoever evaluates in inference mode may leave it first.
+        with torch.inference_mode(False), torch.no_grad():
             for owner, state in pairs:
                 theta, phi = local_tensor(owner), local_tensor(state)
                 if theta.dtype == phi.dtype:
                     self._trading.append((theta, phi))
                     self._owners.append((owner, state))
                 else:
-                    held = theta.clone()
-                    self._aside.append((theta, phi, _as_plain(held) if is_plain(theta) else held))
+                    self._set_aside(owner, state, owner.clone())
             self._rooms = _Rooms(pair for pair in self._trading if not _lie_in_memory(*pair))
+
+    @classmethod
+    def entered(cls, held: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Swap:
+        """A trade that was made elsewhere, and that nothing is moved for: the parameters hold phi, or soon will.
+
+        Args:
+            held: Parameters, each with its slow weights and with what to put back, which becomes the swap's own.
+        """
+        swap = cls([])
+        for owner, state, train in held:
+            swap._set_aside(owner, state, train)
+        swap._look()
+        return swap
+
+    def _set_aside(self, owner: Tensor, state: Tensor, train: Tensor) -> None:
+        theta, held = local_tensor(owner), local_tensor(train)
+        self._aside.append((theta, local_tensor(state), _as_plain(held) if is_plain(theta) else held))
+        self._held.append((owner, train))
 
     def traded(self) -> dict[int, Tensor]:
         """Of each slow weight that holds theta now, by id, the parameter that holds phi."""
         return {id(state): owner for owner, state in self._owners}
+
+    def train_params(self) -> dict[int, Tensor]:
+        """Of each parameter that holds phi now, by id, the tensor that holds its theta."""
+        return {id(owner): train for owner, train in (*self._owners, *self._held)}
+
+    def written(self) -> set[int]:
+        """The parameters, by id, that somebody has written into since they hold phi."""
+        return {
+            id(owner) for owner, _ in (*self._owners, *self._held) if self._versions.get(id(owner)) != _version(owner)
+        }
 
     @torch.no_grad()
     def enter(self) -> None:
@@ -55,13 +85,30 @@ class Swap:
         self._trade(self._trading)
         for theta, phi, _ in self._aside:
             theta.copy_(phi)
+        self._look()
 
     @torch.no_grad()
-    def leave(self) -> None:
-        """Puts theta back, the last first: parameters may share memory. To be called where no interrupt comes."""
-        for theta, _, held in reversed(self._aside):
-            theta.copy_(held)
-        self._trade(self._trading[::-1])
+    def enter_again(self) -> None:
+        """The same after `leave`, where theta may be another by now."""
+        for theta, _, held in self._aside:
+            held.copy_(theta)
+        self.enter()
+
+    @torch.no_grad()
+    def leave(self, without: Container[int] = ()) -> None:
+        """Puts theta back, the last first: parameters may share memory. To be called where no interrupt comes.
+
+        Args:
+            without: The ids of parameters that keep what they hold.
+        """
+        for (theta, _, held), (owner, _) in zip(reversed(self._aside), reversed(self._held), strict=True):
+            if id(owner) not in without:
+                theta.copy_(held)
+        pairs = zip(self._trading, self._owners, strict=True)
+        self._trade([pair for pair, (owner, _) in pairs if id(owner) not in without][::-1])
+
+    def _look(self) -> None:
+        self._versions = {id(owner): _version(owner) for owner, _ in (*self._owners, *self._held)}
 
     def _trade(self, pairs: Sequence[Pair]) -> None:
         # Asked anew on the way out: meanwhile somebody may have laid them out otherwise, or turned a mode on that would
@@ -76,6 +123,11 @@ class Swap:
                     held.copy_(a)
                     a.copy_(b)
                     b.copy_(held)
+
+
+def _version(owner: Tensor) -> int:
+    # An inference tensor has none.
+    return 0 if owner.is_inference() else owner._version
 
 
 def _exchange(pairs: list[Pair]) -> None:

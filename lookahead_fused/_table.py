@@ -138,11 +138,20 @@ class Table:
         begun = _have_reached([count for _, _, count, _ in found], [begins for *_, begins in found])
         return [(param, slow) for (param, slow, _, _), has in zip(found, begun, strict=True) if has]
 
-    def _slow_of(self, param: Tensor, own: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    def slow_weights_beside(
+        self, groups: Groups, state: State, train_params: list[tuple[Tensor, Tensor]]
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Parameters whose training weights lie elsewhere: each with its slow weights and with these."""
+        group_of = {id(param): group for param, _, group in _members(groups)}
+        return [
+            (param, self._slow_of(train, state[param], group_of[id(param)]), train) for param, train in train_params
+        ]
+
+    def _slow_of(self, theta: Tensor, own: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
         slow: Tensor = own[self.policy.slow]
         if not self.policy.averages:
             return slow
-        return average_of(param, own, self.policy, bool(group.get(self.policy.master_weights)))
+        return average_of(theta, own, self.policy, bool(group.get(self.policy.master_weights)))
 
     def _run(
         self,

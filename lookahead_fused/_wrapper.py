@@ -100,6 +100,29 @@ class Wrapper(SlowWeights):
         """As the base does it, which may keep gradients elsewhere too."""
         self.base_optimizer.zero_grad(set_to_none)
 
+    def eval(self) -> None:
+        with self._lock, uninterrupted():
+            was_training, told = not self._evaluating, self._tell_base("eval")
+            try:
+                super().eval()
+            except BaseException:
+                if told and was_training:
+                    self._tell_base("train")
+                raise
+
+    def train(self) -> None:
+        with self._lock, uninterrupted():
+            super().train()
+            self._tell_base("train")
+
+    def _tell_base(self, mode: str) -> bool:
+        """Has a base that has modes of its own (a schedule-free one, say) change to one; it acts on what it trains."""
+        change = getattr(self.base_optimizer, mode, None)
+        if not callable(change):
+            return False
+        self._on_training_weights(change)
+        return True
+
     @opaque_to_compile
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -112,7 +135,7 @@ class Wrapper(SlowWeights):
             What the base's step would return: the closure's loss, or None.
 
         Raises:
-            RuntimeError: Inside `slow_weights()`, or a named backend cannot serve.
+            RuntimeError: Inside `slow_weights()` or after `eval()`, or a named backend cannot serve.
             TypeError: A gradient is sparse, complex or not floating-point, and the base is fused.
             ValueError: A setting or a state is not acceptable, or pullback_momentum names a moment that the base does
                 not keep. Nothing has changed then, but where a base has stepped before, and gives a parameter that is
@@ -283,14 +306,15 @@ class Wrapper(SlowWeights):
             ValueError: The checkpoint's groups are not the base's.
         """
         with self._lock:
-            self._refuse_inside_slow_weights("load_state_dict()")
+            self._refuse_inside_slow_weights("load_state_dict()", unless_evaluating=True)
             # A shallow copy, as torch gives its hooks, which may write into it.
             state_dict = state_dict.copy()
             for hook in self._optimizer_load_state_dict_pre_hooks.values():
                 replaced = hook(self, state_dict)
                 state_dict = state_dict if replaced is None else replaced
-            with self._door, checkpoint.exactly(self.base_optimizer, state_dict, self.policy, self._exact_names):
-                self.base_optimizer.load_state_dict(state_dict)
+            base, exact = self.base_optimizer, self._exact_names
+            with self._door, checkpoint.exactly(base, state_dict, self.policy, self._restore_mode, exact):
+                base.load_state_dict(state_dict)
             self._loaded()
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
                 post_hook(self)

@@ -82,7 +82,7 @@ def test_a_bases_methods_reach_it() -> None:
 def test_what_is_asked_for_by_name() -> None:
     """As trainers do: `hasattr`, then a call. Around a base that has no such method there must be none."""
     own, plain = (Lookahead(MAKERS[name](make_params([(3,)]))) for name in ("of its own", "fused"))
-    for name in ("train", "eval", "consolidate_state_dict", "rank", "world", "is_sharded", "made_up"):
+    for name in ("consolidate_state_dict", "rank", "world", "is_sharded", "made_up"):
         assert hasattr(own, name)
         assert callable(getattr(own, name)) == callable(getattr(own.base_optimizer, name))
         assert not hasattr(plain, name)
@@ -114,7 +114,7 @@ def test_copies_have_a_base_of_their_own(backend: BackendCase, name: str, how: C
     optimizer = Lookahead(MAKERS[name](params), k=2, backend=backend.name)
     advance(optimizer, params, range(3))
     twin = how(optimizer)
-    assert hasattr(twin, "train") == (name == "of its own")
+    assert hasattr(twin, "consolidate_state_dict") == (name == "of its own")
     if how is copy.copy:
         assert twin.base_optimizer is optimizer.base_optimizer
         return
@@ -127,11 +127,11 @@ def test_copies_have_a_base_of_their_own(backend: BackendCase, name: str, how: C
 
 def test_one_without_a_base_yet() -> None:
     optimizer = Lookahead.__new__(Lookahead)
-    for name in ("base_optimizer", "train", "param_groups", "state", "defaults", "__deepcopy__", "grad_scale"):
+    for name in ("base_optimizer", "rank", "param_groups", "state", "defaults", "__deepcopy__", "grad_scale"):
         assert not hasattr(optimizer, name)
 
 
 def test_the_classes_have_no_such_door() -> None:
     optimizer = lookahead_fused.LookaheadAdamW(make_params([(3,)]))
-    for name in ("train", "base_optimizer", "rank"):
+    for name in ("consolidate_state_dict", "base_optimizer", "rank"):
         assert not hasattr(optimizer, name)
