@@ -130,7 +130,9 @@ class Stepper:
         skip = self.no_inf if found_inf is None else found_inf
         row_programs = -(-self.row_count // self.kernels.ROWS.value)
         sizes = self.row_count, self.packed.gradients
-        rows = (self.fixed, moving, self.steps, scale, skip, *sizes, int(sync_now), rule, self.policy)
+        # As triton_kernels.rows takes it.
+        pass_ = {Pass.STEP: 0, Pass.SYNC: 1, Pass.INNER: 2}[part.pass_]
+        rows = (self.fixed, moving, self.steps, scale, skip, *sizes, pass_, rule, self.policy)
         chunks = (self.fixed, moving, self.steps, skip, self.packed.chunks, self.packed.gradients, rule)
         launches = (
             (self.kernels.rows, row_programs, rows, 1),

@@ -52,7 +52,7 @@ def hypers_of(group, offset: constexpr, count: constexpr, mask, other: constexpr
     return values
 
 
-@triton.jit(do_not_specialize=["grad_scale", "found_inf", "row_count", "gradients_at", "sync_now"])
+@triton.jit(do_not_specialize=["grad_scale", "found_inf", "row_count", "gradients_at", "pass_"])
 def rows(
     fixed,
     moving,
@@ -61,13 +61,13 @@ def rows(
     found_inf,
     row_count,
     gradients_at,
-    sync_now,
+    pass_,
     rule: constexpr,
     policy: constexpr,
 ):
     """Advances the step counter of every row that takes part, and writes the coefficients of its update.
 
-    Where `sync_now` is not 0 the pass is a sync, and no counter advances.
+    `pass_` is 0 in a step, 1 in a sync, in which no counter advances, and 2 in a step whose event comes later.
     """
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     active = gradient_of(moving, gradients_at, found_inf, i, i < row_count) != 0
@@ -75,7 +75,7 @@ def rows(
     group = moving + read(row, ROW_GROUP, tl.int32, active).to(tl.int64) * GROUP
     counter = read(row, ROW_STEP, tl.int64, active).to(tl.pointer_type(tl.float64))
     applied = tl.load(counter, mask=active, other=0.0)
-    tl.store(counter, applied + 1.0, mask=active & (sync_now == 0))
+    tl.store(counter, applied + 1.0, mask=active & (pass_ != 1))
 
     step = applied.to(tl.int64) + 1
     made = read(row, ROW_AVERAGE_START, tl.int64, active)
@@ -90,11 +90,11 @@ def rows(
 
     # Where the inner step was done elsewhere, theta has moved already, and phi was taken before that.
     captures = (step == 1) & rule.reads_gradient
-    now = (sync_now != 0) & (applied > 0)
+    now = (pass_ == 1) & (applied > 0)
     # A lane that has no row divides by numbers of its own: a period must not be 0, nor a beta 1.
     of_policy = hypers_of(group, GROUP_POLICY, policy.hypers, active, 1)
     of_rule = hypers_of(group, GROUP_RULE, rule.hypers, active, 0)
-    values = policy.prepare(of_policy, step, made_after, captures, sync_now == 0, now)
+    values = policy.prepare(of_policy, step, made_after, captures, pass_ == 0, now)
     values += rule.prepare(of_rule, step, lr, tl.load(grad_scale).to(tl.float64), first)
     count: constexpr = SLOW_COEFFICIENTS + rule.coefficients
     for j in tl.static_range(count):
