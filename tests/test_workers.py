@@ -250,6 +250,7 @@ def test_what_a_step_refuses_is_refused_before_others_wait(alone: Any, sent: lis
         p.grad = torch.ones_like(p)
     optimizer.step()
     sent.clear()
+    moment = optimizer.state[params[1]]["exp_avg"]
     optimizer.state[params[1]]["exp_avg"] = torch.zeros(8)
     before = snapshot(optimizer)
     with pytest.raises(ValueError, match="'exp_avg' of parameter 1"):
@@ -258,7 +259,7 @@ def test_what_a_step_refuses_is_refused_before_others_wait(alone: Any, sent: lis
     with pytest.raises(ValueError, match="k must be an int >= 1, got 0"):
         optimizer.step()
     optimizer.param_groups[0]["k"] = 1
-    optimizer.state[params[1]]["exp_avg"] = before["state"][1]["exp_avg"]
+    optimizer.state[params[1]]["exp_avg"] = moment
     before = snapshot(optimizer)
     optimizer.state[params[1]]["slow_param"] = torch.zeros(8)
     with pytest.raises(ValueError, match="'slow_param' of parameter 1"):
@@ -431,21 +432,23 @@ def gradient(p, t, i, worker):
 def kept(optimizer, p):
     return optimizer.state[p].get("master_param", p)
 
-def same(a, b, what, exact=True):
+def same(a, b, what, exact=True, rtol=1e-5):
     a, b = a.detach(), b.detach()
     assert a.dtype == b.dtype
     if exact:
         assert torch.equal(a, b), f"{what}: {a} and {b}"
     else:
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda m: f"{what}: {m}")
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol, msg=lambda m: f"{what}: {m}")
 
 def same_state(optimizer, params, twins, twin_params, what, exact):
+    # Where a sum in another order rounds a weight to the next one of 16 bits.
+    rtol = 2**-6 if params[0].dtype == torch.bfloat16 else 1e-5
     for i, (p, q, twin) in enumerate(zip(params, twin_params, twins, strict=True)):
-        same(p, q, f"{what}, parameter {i}", exact)
+        same(p, q, f"{what}, parameter {i}", exact, rtol)
         own, other = optimizer.state[p], twin.state[q]
         assert own.keys() == other.keys(), what
         for key in own:
-            same(torch.as_tensor(own[key]), torch.as_tensor(other[key]), f"{what}, {key} of {i}", exact)
+            same(torch.as_tensor(own[key]), torch.as_tensor(other[key]), f"{what}, {key} of {i}", exact, rtol)
 """
 
 # The same by hand in every process: all workers' copies, one optimizer for each parameter, which never syncs by itself.
@@ -514,6 +517,9 @@ for name, (dtype, make) in CASES.items():
             if not isinstance(optimizer.state[p].get(key), torch.Tensor) or p.numel() < 2:
                 continue
             mine = optimizer.state[p][key].detach().contiguous()
+            if not mine.any():
+                # A moment that was just reset.
+                continue
             all_of_them = [torch.empty_like(mine) for _ in range(size)]
             dist.all_gather(all_of_them, mine)
             equal = all(torch.equal(other, mine) for other in all_of_them)
