@@ -145,7 +145,7 @@ class Workers:
         torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, self.group)
         any_overflow, *most = told.tolist()
         turn.skips = any_overflow != 0
-        if turn.skips or all(largest == -opposite for largest, opposite in zip(most[::2], most[1::2], strict=True)):
+        if all(largest == -opposite for largest, opposite in zip(most[::2], most[1::2], strict=True)):
             return
         count, elements = ((-most[i + 1], most[i]) for i in (0, 2))
         raise RuntimeError(
@@ -235,6 +235,8 @@ def _refuse_dtensor(param: Tensor, index: int, position: int) -> None:
 
 
 def _refuse_capture(groups: Groups) -> None:
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return
     devices = {param.device for group in groups for param in group["params"]}
     if any(is_capturing(device) for device in devices):
         raise RuntimeError(
@@ -246,23 +248,30 @@ def _refuse_capture(groups: Groups) -> None:
 def _due(table: Table, groups: Groups, state: State) -> list[Member]:
     """The parameters whose next update is one that a sync follows."""
     step_name, k = table.rule.step_name, cast(Any, table.policy).k
-    found, counts, periods = [], [], []
+    places: list[tuple[int, int]] = []
+    counts: list[Any] = []
+    odd = False
     for index, group in enumerate(groups):
         if type(group[k]) is not int or group[k] < 1:
             check_step(table.arguments, group)
-        period = int(group[k])
         for position, param in enumerate(group["params"]):
             if param.grad is None:
                 continue
             _refuse_dtensor(param, index, position)
-            found.append((param, parameter_name(index, position), group))
-            counts.append(_own(state, param).get(step_name))
-            periods.append(period)
-    if not all(count is None or (isinstance(count, Tensor) and count.dim() == 0) for count in counts):
+            count = _own(state, param).get(step_name)
+            odd |= count is not None and not (isinstance(count, Tensor) and count.dim() == 0)
+            places.append((index, position))
+            counts.append(count)
+    if odd:
         # A checkpoint's count in another form, or none at all: the table tells.
         table.check(groups, state)
     numbers = _numbers(counts)
-    return [member for member, n, period in zip(found, numbers, periods, strict=True) if (int(n) + 1) % period == 0]
+    periods = [int(group[k]) for group in groups]
+    return [
+        (groups[index]["params"][position], parameter_name(index, position), groups[index])
+        for (index, position), count in zip(places, numbers, strict=True)
+        if (int(count) + 1) % periods[index] == 0
+    ]
 
 
 def _numbers(counts: list[Any]) -> list[float]:
@@ -270,8 +279,11 @@ def _numbers(counts: list[Any]) -> list[float]:
     numbers = [0.0] * len(counts)
     by_device: dict[torch.device, list[int]] = {}
     for index, count in enumerate(counts):
-        if isinstance(count, Tensor) and count.device.type != "cpu":
-            by_device.setdefault(count.device, []).append(index)
+        if isinstance(count, Tensor):
+            if count.is_cpu:
+                numbers[index] = count.item()
+            else:
+                by_device.setdefault(count.device, []).append(index)
         elif count is not None:
             numbers[index] = float(count)
     for indices in by_device.values():
@@ -283,7 +295,8 @@ def _numbers(counts: list[Any]) -> list[float]:
 
 def _own(state: State, param: Tensor) -> Mapping[str, Any]:
     own = state.get(param)
-    return own if isinstance(own, Mapping) else {}
+    # The first question is a tenth of the second.
+    return own if type(own) is dict or isinstance(own, Mapping) else {}
 
 
 def _has_slow(state: State, param: Tensor) -> bool:

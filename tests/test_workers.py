@@ -284,6 +284,23 @@ def test_a_count_that_a_checkpoint_brought_in_another_form(alone: Any) -> None:
         assert_same_run(runs[0], other)
 
 
+@pytest.mark.parametrize("rule", ["adamw", "wrapped-adagrad"])
+def test_what_had_no_step_has_nothing_to_sync(alone: Any, sent: list[torch.Tensor], rule: str) -> None:
+    """Its workers' weights may still differ, and phi is none of theirs. Adagrad has state before its first step."""
+    params = make_params(((7,), (3,)))
+    if rule == "adamw":
+        optimizer: Any = LookaheadAdamW(params, process_group=alone)
+    else:
+        optimizer = Lookahead(torch.optim.Adagrad(params), process_group=alone)
+    optimizer.sync()
+    assert [tensor.dtype for tensor in sent] == [torch.int64]
+    sent.clear()
+    params[1].grad = torch.ones(3)
+    optimizer.step()
+    optimizer.sync()
+    assert [tensor.numel() for tensor in sent if tensor.is_floating_point()] == [3]
+
+
 @pytest.mark.parametrize("cls", [LookaheadAdamW, Lookahead])
 def test_no_copy_has_the_group(alone: Any, cls: Any) -> None:
     """A copy trains by itself: nobody else would come to its syncs. Loading a checkpoint keeps the group."""
@@ -378,6 +395,7 @@ def test_a_capture_is_refused(alone: Any, monkeypatch: pytest.MonkeyPatch) -> No
     optimizer = LookaheadSGD(make_params(((7,),)), k=2, process_group=alone)
     train(optimizer, range(1))
     before = snapshot(optimizer)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(_workers, "is_capturing", lambda device: True)
     for call in (optimizer.step, optimizer.sync):
         with pytest.raises(RuntimeError, match="process_group cannot be captured in a CUDA graph"):
