@@ -110,10 +110,11 @@ class Workers:
         """The event of every parameter that had a step, now, from the mean; raises as `step` does."""
         with Gradless():
             _refuse_capture(groups)
+            self.check_parameters(groups)
+            table.check_sync(groups, state)
             members = [(p, _own(state, p), name, group) for p, name, group in _members(groups) if _has_slow(state, p)]
             counts = _numbers([own.get(table.rule.step_name) for _, own, *_ in members])
             due = [(p, name, group) for (p, _, name, group), count in zip(members, counts, strict=True) if count > 0]
-            table.check_sync(groups, state)
             turn = Turn(due, _Mean(due), skips=False)
             self._agree(turn, None, groups)
             with uninterrupted():
@@ -175,12 +176,12 @@ class _Mean:
     """
 
     def __init__(self, members: list[Member]) -> None:
-        shapes = [(local_tensor(param), index) for index, (param, *_) in enumerate(members)]
-        kinds = [(local.device, compute_dtype(local.dtype)) for local, _ in shapes]
+        tensors = [local_tensor(param) for param, *_ in members]
+        kinds = [(local.device, compute_dtype(local.dtype)) for local in tensors]
         sizes = dict.fromkeys(kinds, 0)
         # Of each parameter where its share begins and ends.
         self._shares: list[tuple[tuple[torch.device, torch.dtype], int, int]] = []
-        for (local, _), kind in zip(shapes, kinds, strict=True):
+        for local, kind in zip(tensors, kinds, strict=True):
             self._shares.append((kind, sizes[kind], sizes[kind] + local.numel()))
             sizes[kind] += local.numel()
         self._flat = {
@@ -313,4 +314,4 @@ def _theta(table: Table, state: State, param: Tensor, group: Mapping[str, Any]) 
 
 def _first_device(groups: Groups) -> torch.device:
     """Of the first parameter: the same kind of device on all workers, and one that their backend serves."""
-    return next(local_tensor(param).device for param, *_ in _members(groups))
+    return next((local_tensor(param).device for param, *_ in _members(groups)), torch.device("cpu"))

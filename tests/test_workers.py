@@ -387,6 +387,8 @@ def test_dtensors_are_refused(alone: Any) -> None:
     plain.grad, param.grad = torch.ones(4), DTensor.from_local(torch.ones(4), mesh)
     with pytest.raises(TypeError, match="process_group must be None with DTensors"):
         optimizer.step()
+    with pytest.raises(TypeError, match="process_group must be None with DTensors"):
+        optimizer.sync()
     assert torch.equal(plain, torch.ones(4))
 
 
