@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from ._policies import Lookahead
 from ._slow_weights import Interpolating
 from ._table import Table
 from ._torch import opaque_to_compile
+from ._workers import Workers
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Pullback = Literal["none", "pullback", "reset"]
 Betas = tuple[float, float]
@@ -36,11 +40,22 @@ _LOOKAHEAD_ARGUMENTS = """
         outer_nesterov: False leaves Nesterov's form: phi <- phi - alpha b.
         master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
+        process_group: A torch.distributed group of workers that train apart and meet at the syncs (local SGD; SlowMo,
+            arXiv 1910.00643; DiLoCo with outer momentum): the mean of theta over them takes theta's place before a
+            sync, which sends 1/k of the bytes of data-parallel training. It is a mean of the weights as they are kept
+            (the master where there is one), made in the compute dtype and rounded to theirs. All workers start from the
+            same weights and step the same parameters, which are no DTensors; each has its own moments and `step`, in a
+            checkpoint of its own. `found_inf` is agreed on; with fused=False each worker's scaler skips alone. A sync
+            takes one more copy of the weights in the compute dtype, a step waits for the device to tell `step`, and
+            none can be captured in a CUDA graph. It is the whole optimizer's, not a group's, and neither a state dict
+            nor a copy nor a pickle has it. A worker that does not come to a sync is an error of torch.distributed's,
+            after which nothing has changed; where one is lost amid the mean, the inner step stays, and `sync()` makes
+            up for its sync.
 
-    Every argument may also be given per parameter group. State, in the dtype of computation (fp32; fp64 for fp64
-    parameters): `slow_param` beside what torch's class keeps, `cached_momentum` for "pullback", `outer_momentum_buffer`
-    for `outer_momentum`, `master_param` for `master_weights`, and `step` in fp64. All of it is created in a parameter's
-    first step.
+    Every argument but `process_group` may also be given per parameter group. State, in the dtype of computation (fp32;
+    fp64 for fp64 parameters): `slow_param` beside what torch's class keeps, `cached_momentum` for "pullback",
+    `outer_momentum_buffer` for `outer_momentum`, `master_param` for `master_weights`, and `step` in fp64. All of it is
+    created in a parameter's first step.
 
     Raises:
         ValueError: A value is out of bounds, or `differentiable` is True.
@@ -65,17 +80,24 @@ class FusedLookahead(Interpolating):
     policy = Lookahead()
 
     def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], differentiable: bool = False, fused: bool | None = None
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        differentiable: bool = False,
+        fused: bool | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         checkpoint.check_switches({"differentiable": differentiable, "fused": fused})
         self._table = Table(self.rule, self.policy)
         self._fused = fused
+        self._workers = None if process_group is None else Workers(process_group)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, as in torch.optim; raises what the constructor raises."""
         checkpoint.check_switches(param_group)
         self._table.check_group({**self.defaults, **param_group})
+        self._check_group(param_group, {})
         super().add_param_group(param_group)
         for switch in checkpoint.TORCH_SWITCHES:
             self.param_groups[-1].pop(switch, None)
@@ -91,7 +113,8 @@ class FusedLookahead(Interpolating):
             What the closure returned, else None.
 
         Raises:
-            RuntimeError: Inside `slow_weights()` or after `eval()`, or a named backend cannot serve.
+            RuntimeError: Inside `slow_weights()` or after `eval()`, a named backend cannot serve, or the workers of a
+                process group do not sync the same parameters.
             TypeError: A gradient is sparse, complex or not floating-point.
             ValueError: A hyperparameter was set to a value that nothing can be computed with, a parameter or a state
                 tensor has lost its memory, or a gradient does not fit its parameter.
@@ -105,7 +128,7 @@ class FusedLookahead(Interpolating):
             # What torch.amp.GradScaler sets on an optimizer that unscales in its own step.
             grad_scale: Tensor | None = getattr(self, "grad_scale", None)
             found_inf: Tensor | None = getattr(self, "found_inf", None)
-            self._table.step(self.param_groups, self.state, grad_scale, found_inf)
+            self._advance(grad_scale, found_inf)
         return loss
 
     @property

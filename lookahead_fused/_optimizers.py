@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -10,6 +10,9 @@ from torch.optim.optimizer import ParamsT
 from . import _rules as rules
 from ._fused import Betas, FusedLookahead, Pullback, documented
 from ._policies import Lookahead
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @documented
@@ -50,6 +53,7 @@ class LookaheadAdam(FusedLookahead):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -67,7 +71,7 @@ class LookaheadAdam(FusedLookahead):
             "master_weights": master_weights,
             "backend": backend,
         }
-        super().__init__(params, defaults, differentiable, fused)
+        super().__init__(params, defaults, differentiable, fused, process_group)
 
 
 @documented
@@ -104,6 +108,7 @@ class LookaheadAdamW(LookaheadAdam):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -123,6 +128,7 @@ class LookaheadAdamW(LookaheadAdam):
             outer_nesterov=outer_nesterov,
             master_weights=master_weights,
             backend=backend,
+            process_group=process_group,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -168,6 +174,7 @@ class LookaheadSGD(FusedLookahead):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -184,7 +191,7 @@ class LookaheadSGD(FusedLookahead):
             "master_weights": master_weights,
             "backend": backend,
         }
-        super().__init__(params, defaults, differentiable, fused)
+        super().__init__(params, defaults, differentiable, fused, process_group)
 
 
 @documented
@@ -227,6 +234,7 @@ class LookaheadRMSprop(FusedLookahead):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -244,7 +252,7 @@ class LookaheadRMSprop(FusedLookahead):
             "master_weights": master_weights,
             "backend": backend,
         }
-        super().__init__(params, defaults, differentiable, fused)
+        super().__init__(params, defaults, differentiable, fused, process_group)
 
 
 @documented
@@ -284,6 +292,7 @@ class LookaheadRAdam(FusedLookahead):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -300,7 +309,7 @@ class LookaheadRAdam(FusedLookahead):
             "master_weights": master_weights,
             "backend": backend,
         }
-        super().__init__(params, defaults, differentiable, fused)
+        super().__init__(params, defaults, differentiable, fused, process_group)
 
 
 @documented
@@ -337,6 +346,7 @@ class LookaheadLion(FusedLookahead):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        process_group: ProcessGroup | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -351,4 +361,4 @@ class LookaheadLion(FusedLookahead):
             "master_weights": master_weights,
             "backend": backend,
         }
-        super().__init__(params, defaults, differentiable, fused)
+        super().__init__(params, defaults, differentiable, fused, process_group)

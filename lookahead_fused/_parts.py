@@ -47,6 +47,8 @@ class Pass(Enum):
 
     STEP = "STEP"
     SYNC = "SYNC"
+    # A step whose events are left to a sync that comes after it.
+    INNER = "INNER"
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,10 @@ class CompiledPart:
             if not same or is_dense(local) or stretch_of(owner) != stretch:
                 return False
         self.pass_ = pass_
-        return cast(bool, self.table.refresh(state, self._step_pass if pass_ is Pass.STEP else self._sync_pass))
+        return cast(
+            bool,
+            self.table.refresh(state, self._sync_pass if pass_ is Pass.SYNC else self._step_pass, pass_ is Pass.INNER),
+        )
 
     def begin(self) -> None:
         # A backend writes through addresses, which autograd does not see.
@@ -209,13 +214,15 @@ class PlainPart:
 
     Args:
         spec: What the rows have in common.
-        step: Steps one row, given the scale of its gradient.
+        step: Steps one row, given the scale of its gradient and whether its event comes later.
         sync: Does a row's slow half alone, now.
     """
 
     in_one_call = False
 
-    def __init__(self, spec: Spec, step: Callable[[Row, Spec, float], None], sync: Callable[[Row, Spec], None]) -> None:
+    def __init__(
+        self, spec: Spec, step: Callable[[Row, Spec, float, bool], None], sync: Callable[[Row, Spec], None]
+    ) -> None:
         self.spec = spec
         self._step, self._sync = step, sync
         self._members: list[tuple[Tensor, str, Mapping[str, Any], list[Any], tuple[int, int]]] = []
@@ -246,7 +253,7 @@ class PlainPart:
                 return False
             row = self._added.pop(id(owner), None)
             if row is None:
-                read = None if pass_ is Pass.STEP else read_in_a_sync(group, spec.rule, spec.policy)
+                read = read_in_a_sync(group, spec.rule, spec.policy) if pass_ is Pass.SYNC else None
                 check_row(owner, name, group, own, spec.rule, spec.policy, read)
                 loaded = moments_were_loaded(owner, own, spec.rule, spec.moments_loaded)
                 row = make_row(owner, name, group, own, spec.rule, spec.policy, loaded)
@@ -263,15 +270,15 @@ class PlainPart:
         steps = self.spec.policy.an_event(row.group)
         with by_operators(row.name, row.param, row.gradient):
             if row.gradient is not None or not self.spec.rule.reads_gradient:
-                self._step(row.copied(steps - 1), self.spec, 1.0)
+                self._step(row.copied(steps - 1), self.spec, 1.0, False)
             self._sync(row.copied(steps), self.spec)
         self.spec.rehearsed.add(kind)
 
     def _pass_over(self, row: Row, scale: float) -> None:
-        if self._pass is Pass.STEP:
-            self._step(row, self.spec, scale)
-        else:
+        if self._pass is Pass.SYNC:
             self._sync(row, self.spec)
+        else:
+            self._step(row, self.spec, scale, self._pass is Pass.INNER)
 
     def _switches(self, group: Mapping[str, Any]) -> list[Any]:
         """What another part may be due for, where it changes: the choice of a backend is one."""

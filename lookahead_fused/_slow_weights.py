@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any
 
@@ -13,14 +13,17 @@ from torch.utils.hooks import RemovableHandle
 
 from ._checkpoint import TRAIN, given_by_index
 from ._interrupts import uninterrupted
+from ._policies import Policy
 from ._swap import Swap
 from ._table import Table
 from ._torch import is_fsdp1, with_hooks
+from ._workers import Turn, Workers, check_group_entries
 
 
 class SlowWeights(Optimizer):
     """The part of the public face that all optimizers with slow weights share."""
 
+    policy: Policy
     _table: Table
     # How many slow_weights() blocks are open, eval() counted as one, and what to undo at the end of the outermost.
     _depth: int = 0
@@ -95,6 +98,21 @@ class SlowWeights(Optimizer):
         self._refuse_inside_slow_weights("copying or pickling")
         state: dict[str, Any] = super().__getstate__()
         return state
+
+    def _check_group(self, group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+        """Raises for what must not stand in a parameter group, besides the values of its settings.
+
+        Args:
+            known: The defaults of a base optimizer.
+        """
+
+    def _turn(self, found_inf: Tensor | None) -> Turn | None:
+        """What other workers have to agree on before a step."""
+        return None
+
+    def _advance(self, grad_scale: Tensor | None, found_inf: Tensor | None, turn: Turn | None = None) -> None:
+        """The table's step. `turn`: as `_turn` returned it for this step, where it was asked before."""
+        self._table.step(self.param_groups, self.state, grad_scale, found_inf)
 
     def _may_unscale(self, fused: bool | None) -> bool:
         """Whether a gradient scaler may leave unscaling to the step: not where its user said fused=False, as of torch's
@@ -204,18 +222,42 @@ class SlowWeights(Optimizer):
 class Interpolating(SlowWeights):
     """Slow weights from which the weights go on, Lookahead's: they may be interpolated at any time."""
 
+    # Of a `process_group`. Neither state nor setting: a copy, a pickle and a checkpoint have none.
+    _workers: Workers | None = None
+
+    def _check_group(self, group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+        check_group_entries(group, self.policy.prefix, known)
+        if self._workers is not None:
+            self._workers.check_parameters([group])
+
+    def _turn(self, found_inf: Tensor | None) -> Turn | None:
+        if self._workers is None:
+            return None
+        return self._workers.turn(self._table, self.param_groups, self.state, found_inf)
+
+    def _advance(self, grad_scale: Tensor | None, found_inf: Tensor | None, turn: Turn | None = None) -> None:
+        if self._workers is None:
+            super()._advance(grad_scale, found_inf)
+        else:
+            self._workers.step(self._table, self.param_groups, self.state, grad_scale, found_inf, turn)
+
     def sync(self) -> None:
         """Interpolates now: every parameter that had a step gets phi <- phi + alpha (theta - phi), theta <- phi.
 
-        Step counts stay, so the next sync of the rhythm comes when it would have come.
+        With a process group the mean over its workers takes theta's place first, and all of them must call this. Step
+        counts stay, so the next sync of the rhythm comes when it would have come.
 
         Raises:
-            RuntimeError: Inside `slow_weights()` or after `eval()`, or a named backend cannot serve.
+            RuntimeError: Inside `slow_weights()` or after `eval()`, a named backend cannot serve, or the workers of a
+                process group have other parameters or do not come.
             ValueError, TypeError: A setting or a state is not acceptable. Nothing has changed then.
         """
         with self._lock:
             self._refuse_inside_slow_weights("sync()")
-            self._table.sync(self.param_groups, self.state)
+            if self._workers is None:
+                self._table.sync(self.param_groups, self.state)
+            else:
+                self._workers.sync(self._table, self.param_groups, self.state)
 
 
 class _Block(ContextDecorator, AbstractContextManager[None]):

@@ -19,7 +19,16 @@ from ._hyperparameters import check, check_step
 from ._interrupts import uninterrupted
 from ._parts import Part, Pass, PlainPart, Spec, State, Tuning, layers
 from ._policies import Policy
-from ._rows import Row, average_of, check_row, check_state, make_row, moments_were_loaded, parameter_name
+from ._rows import (
+    Row,
+    average_of,
+    check_row,
+    check_state,
+    make_row,
+    moments_were_loaded,
+    parameter_name,
+    read_in_a_sync,
+)
 from ._rules import Rule
 from ._tensors import check_memory, local_tensor
 from ._torch import Gradless, dispatch_mode_is_on, is_plain
@@ -105,6 +114,10 @@ class Table:
             return
         self._run((Pass.STEP,), groups, state, grad_scale, found_inf)
 
+    def step_without_events(self, groups: Groups, state: State, grad_scale: Tensor | None = None) -> None:
+        """A step whose events are left to a `sync` after it."""
+        self._run((Pass.INNER,), groups, state, grad_scale, None)
+
     def sync(self, groups: Groups, state: State) -> None:
         """The policy's event, now, for every parameter that had a step; raises as `step` does."""
         self._run((Pass.SYNC,), groups, state, None, None)
@@ -122,6 +135,18 @@ class Table:
             if member[0].grad is not None or (gradients_come and member[0].requires_grad):
                 self._check_member(member, state)
                 self._rehearse(member, state)
+
+    def check_sync(self, groups: Groups, state: State) -> None:
+        """Raises what a sync would raise before it changes anything."""
+        for group in groups:
+            check_step(self.arguments, group)
+            self.policy.check(group)
+        key = self.policy.backend
+        for param, name, group in _members(groups):
+            if _takes_part(param, state, self.policy, Pass.SYNC):
+                read = read_in_a_sync(group, self.rule, self.policy)
+                check_row(param, name, group, state[param], self.rule, self.policy, read)
+                choose(group[key], local_tensor(param).device, key)
 
     def slow_weights(self, groups: Groups, state: State) -> list[tuple[Tensor, Tensor]]:
         """Each parameter that has slow weights, with them; raises for any that are not its own."""
@@ -247,7 +272,7 @@ class Table:
             self.policy.check(group)
         backend_for = functools.cache(choose)
         chosen = [self._check_member(member, state, backend_for) for member in members]
-        if any(_is_capturing(local_tensor(param).device) for param, *_ in members):
+        if any(is_capturing(local_tensor(param).device) for param, *_ in members):
             raise RuntimeError(
                 "this step cannot be captured in a CUDA graph: state or tables would be made in it, and made anew in "
                 "every replay; run a step with gradients for the same parameters before the capture"
@@ -357,7 +382,7 @@ def _members(groups: Groups) -> Iterator[Member]:
 
 def _takes_part(param: Tensor, state: State, policy: Policy, pass_: Pass) -> bool:
     """Nothing of a parameter without a gradient changes in a step, nor of one without slow weights in a sync."""
-    if pass_ is Pass.STEP:
+    if pass_ is not Pass.SYNC:
         return param.grad is not None
     own = state.get(param)
     return isinstance(own, Mapping) and own.get(policy.slow) is not None
@@ -384,7 +409,7 @@ def _have_reached(counts: list[Any], least: list[int]) -> list[bool]:
     return reached
 
 
-def _is_capturing(device: torch.device) -> bool:
+def is_capturing(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):

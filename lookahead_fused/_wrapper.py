@@ -57,6 +57,7 @@ class Wrapper(SlowWeights):
         table.check_master(own, "master_weights")
         for group in base_optimizer.param_groups:
             table.check_group({**own, **group})
+            self._check_group(group, base_optimizer.defaults)
         self.__setstate__({"base_optimizer": base_optimizer, "_own_defaults": own})
         self._complete_groups()
 
@@ -93,6 +94,7 @@ class Wrapper(SlowWeights):
         """Adds a parameter group to the base, as in torch.optim; raises what the constructor raises."""
         checkpoint.check_switches(param_group)
         self._table.check_group({**self.defaults, **param_group})
+        self._check_group(param_group, self.base_optimizer.defaults)
         self.base_optimizer.add_param_group(param_group)
         self._complete_groups()
 
@@ -164,7 +166,7 @@ class Wrapper(SlowWeights):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            self._table.step(self.param_groups, self.state, *self._amp())
+            self._advance(*self._amp())
             return loss
 
         base = self.base_optimizer
@@ -180,6 +182,10 @@ class Wrapper(SlowWeights):
         self._table.check(self.param_groups, state, gradients_come=closure is not None)
         started = self._start_slow_weights(closure is not None)
         grad_scale, found_inf = self._amp()
+        # Which parameters get gradients in a closure shows when the base has evaluated it.
+        turn = self._turn(found_inf) if closure is None else None
+        if turn is not None and turn.skips:
+            return None
         forwarded = {"grad_scale": grad_scale, "found_inf": found_inf} if found_inf is not None else {}
         with uninterrupted():
             for name, value in forwarded.items():
@@ -191,7 +197,7 @@ class Wrapper(SlowWeights):
                     delattr(base, name)
             if found_inf is None or found_inf.device.type != "cpu" or found_inf.item() == 0:
                 self._begin(started)
-                self._table.step(self.param_groups, state, None, found_inf)
+                self._advance(None, found_inf, turn)
         return loss
 
     def _step_base(self, closure: Callable[[], Any] | None, started: list[tuple[Tensor, dict[str, Any]]]) -> Any:

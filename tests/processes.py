@@ -58,24 +58,24 @@ def serving(name: str) -> Iterator[None]:
         yield
 
 
-# `rank` of two, with a process group over gloo.
+# `rank` of `size`, with a process group over gloo.
 _BEGIN = """
 import datetime, os, pathlib, sys, time
 import torch
 import torch.distributed as dist
 
-rank, place = int(sys.argv[1]), sys.argv[2]
+rank, size, place = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
-store = dist.FileStore(os.path.join(place, "store"), 2)
-dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+store = dist.FileStore(os.path.join(place, "store"), size)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60))
 """
-# Both are done before either leaves; and they leave past the teardown of gloo's threads, which now and then ends in
+# All are done before any leaves; and they leave past the teardown of gloo's threads, which now and then ends in
 # std::terminate. What failed before came no further than there.
 _END = """
 place = pathlib.Path(place)
 (place / f"done{rank}").touch()
 deadline = time.monotonic() + 120
-while len(list(place.glob("done*"))) < 2 and time.monotonic() < deadline:
+while len(list(place.glob("done*"))) < size and time.monotonic() < deadline:
     time.sleep(0.01)
 sys.stdout.flush()
 os._exit(0)
@@ -83,21 +83,26 @@ os._exit(0)
 
 
 def two_ranks(script: str, place: Path) -> None:
-    """Runs a script on two ranks of this machine, without a network; fails with what they printed."""
+    """`on_ranks` of two."""
+    on_ranks(2, script, place)
+
+
+def on_ranks(size: int, script: str, place: Path) -> None:
+    """Runs a script on some ranks of this machine, without a network; fails with what they printed."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "GLOO_SOCKET_IFNAME": "lo"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", _BEGIN + script + _END, rank, place],
+            [sys.executable, "-c", _BEGIN + script + _END, str(rank), str(size), place],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in ("0", "1")
+        for rank in range(size)
     ]
     try:
         output = [process.communicate(timeout=180)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(output)
+    assert [process.returncode for process in ranks] == [0] * size, "\n".join(output)

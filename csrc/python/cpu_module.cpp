@@ -29,7 +29,7 @@ class Stepper {
     // Where grad_scale is None the gradients are as they are. The interpreter's lock is kept: whoever waits for it may
     // be about to move memory whose address was just read (a queue's feeder thread shares it, an offloader frees it).
     void run(const TableBinding& table, std::optional<float> grad_scale, int threads, bool own_threads) {
-        const StepArguments arguments{grad_scale ? &*grad_scale : nullptr, nullptr, table.pass()};
+        const StepArguments arguments{grad_scale ? &*grad_scale : nullptr, nullptr, table.pass(), table.event_later()};
         const Kernel& kernel = table.pass() == Pass::SYNC ? sync_ : step_;
         workspace_.step(table.view(), kernel, arguments, threads, own_threads);
     }

@@ -34,7 +34,7 @@ Kernels kernels_for(const TableBinding& table) {
 }
 
 StepArguments arguments_of(const TableBinding& table, uintptr_t grad_scale, uintptr_t found_inf) {
-    return {pointer<float>(grad_scale), pointer<float>(found_inf), table.pass()};
+    return {pointer<float>(grad_scale), pointer<float>(found_inf), table.pass(), table.event_later()};
 }
 
 // What captured graphs held and let go of. They do so on any thread and in the midst of calls to CUDA, where no Python

@@ -203,9 +203,10 @@ PyObject* TableBinding::local(PyObject* tensor) const {
     return reader_.is_plain(shard) ? shard : nullptr;
 }
 
-bool TableBinding::refresh(py::dict state, Pass pass) {
+bool TableBinding::refresh(py::dict state, Pass pass, bool event_later) {
     release();
     pass_ = pass;
+    event_later_ = event_later;
     shared_.clear();
     if (!groups_.refresh(reader_, device_)) return false;
     for (size_t i = 0; i < rows_.size(); ++i) {

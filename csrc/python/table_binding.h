@@ -46,8 +46,8 @@ class TableBinding {
     // Looks at everything that a pass reads or writes. False: something is not what its row was made of, and has to be
     // looked at in Python. Whatever Python finds wrong with a gradient or a hyperparameter is raised from here. The
     // owners must be alive: the Watch tells. In Pass::SYNC every row takes part, no gradient is read, and of moments
-    // only the one that the policy acts on is looked at.
-    bool refresh(py::dict state, Pass pass);
+    // only the one that the policy acts on is looked at. event_later: see StepArguments.
+    bool refresh(py::dict state, Pass pass, bool event_later);
     // Lets go of the step's gradients.
     void release();
 
@@ -59,6 +59,7 @@ class TableBinding {
 
     Table view() const;
     Pass pass() const { return pass_; }
+    int32_t event_later() const { return event_later_; }
     bool reads_gradient() const { return reads_gradient_ && pass_ == Pass::STEP; }
     TensorReader::Way way() const { return reader_.way(); }
     const std::string& rule() const { return rule_.name; }
@@ -130,6 +131,7 @@ class TableBinding {
     std::vector<PyObject*> shared_;     // state of this pass that somebody holds besides the optimizer
     py::object updated_;                // the list of parameters that took part; none where others did since
     Pass pass_ = Pass::STEP;
+    bool event_later_ = false;
     int64_t moves_ = 0;
 };
 

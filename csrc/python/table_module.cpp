@@ -113,8 +113,10 @@ void bind_table(py::module_& module) {
              py::arg("present"), py::arg("moments_loaded"), py::arg("acts_on_moment"), py::arg("version"))
         .def(
             "refresh",
-            [](TableBinding& table, py::dict state, int pass) { return table.refresh(state, static_cast<Pass>(pass)); },
-            py::arg("state"), py::arg("pass_"))
+            [](TableBinding& table, py::dict state, int pass, bool event_later) {
+                return table.refresh(state, static_cast<Pass>(pass), event_later);
+            },
+            py::arg("state"), py::arg("pass_"), py::arg("event_later") = false)
         .def("release", &TableBinding::release)
         .def("updated", &TableBinding::updated)
         .def("tensors", &TableBinding::tensors)

@@ -74,7 +74,9 @@ LF_HD PolicyNumbers prepare(int32_t policy, const Group& group, const RowCounts&
     slow.lr = lr;
     // Where the inner step was done elsewhere, theta has moved already, and phi was taken before that.
     slow.captures = Rule::reads_gradient && counts.applied == 0;
-    slow.event = arguments.pass == Pass::STEP ? Event::BY_COUNT : counts.applied > 0 ? Event::NOW : Event::NEVER;
+    slow.event = arguments.pass == Pass::STEP ? (arguments.event_later != 0 ? Event::NEVER : Event::BY_COUNT)
+                 : counts.applied > 0         ? Event::NOW
+                                              : Event::NEVER;
 
     PolicyNumbers own = counts.policy;
     to.slow = prepare_slow<T>(Policies{}, policy, group.policy, slow, own);

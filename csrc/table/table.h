@@ -110,6 +110,7 @@ struct StepArguments {
     const float* grad_scale;  // null, or what the gradients were multiplied by
     const float* found_inf;   // null, or non-zero: nothing at all may change
     Pass pass;
+    int32_t event_later;  // of a STEP: its policy's event is a SYNC's, which comes after it
 };
 
 }  // namespace lookahead_fused

@@ -31,7 +31,7 @@ def part(spec: Spec) -> Part:
     return PlainPart(spec, step, sync)
 
 
-def step(row: Row, spec: Spec, grad_scale: float) -> None:
+def step(row: Row, spec: Spec, grad_scale: float, event_later: bool) -> None:
     """Advances one parameter by a step.
 
     The step counter and the sync decision are read by the host, so that this backend alone cannot be captured in a
@@ -59,7 +59,9 @@ def step(row: Row, spec: Spec, grad_scale: float) -> None:
         g = row.gradient.to(row.compute_dtype)
         p = RULES[spec.rule.name](hyper, steps, first, grad_scale, p, g, moments)
     slow = start if spec.rule.reads_gradient and steps == 1 else row.slow
-    after = POLICIES[spec.policy.name](row, spec, steps, start, p, slow, moments)
+    after = After(p, slow)
+    if not event_later:
+        after = POLICIES[spec.policy.name](row, spec, steps, start, p, slow, moments)
     _write(row, after, moments)
     row.step.add_(1)
 

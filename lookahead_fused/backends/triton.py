@@ -122,25 +122,19 @@ class Stepper:
             self._launch(part, moving, grad_scale, found_inf)
 
     def _launch(self, part: CompiledPart, moving: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        spec, sync_now = part.spec, part.pass_ is Pass.SYNC
-        rule = self.rules["external" if sync_now else spec.rule.name]
+        spec = part.spec
+        rule = self.rules["external" if part.pass_ is Pass.SYNC else spec.rule.name]
         grad_dtype = spec.param_dtype if rule is self.rules["external"] else spec.grad_dtype
         dtypes = self.kernels.DTYPES[spec.param_dtype], self.kernels.DTYPES[grad_dtype]
         scale = self.no_scale if grad_scale is None else grad_scale
         skip = self.no_inf if found_inf is None else found_inf
         row_programs = -(-self.row_count // self.kernels.ROWS.value)
         sizes = self.row_count, self.packed.gradients
-        rows = (self.fixed, moving, self.steps, scale, skip, *sizes, int(sync_now), rule, self.policy)
-        chunks = (
-            self.fixed,
-            moving,
-            self.steps,
-            skip,
-            self.packed.chunks,
-            self.packed.gradients,
-            rule,
-            self.policy.averages,
-        )
+        # As triton_kernels.rows takes it.
+        pass_ = {Pass.STEP: 0, Pass.SYNC: 1, Pass.INNER: 2}[part.pass_]
+        rows = (self.fixed, moving, self.steps, scale, skip, *sizes, pass_, rule, self.policy)
+        places = self.packed.chunks, self.packed.gradients
+        chunks = (self.fixed, moving, self.steps, skip, *places, rule, self.policy.averages)
         launches = (
             (self.kernels.rows, row_programs, rows, 1),
             (self.kernels.chunks, self.chunk_count, (*chunks, *dtypes), self.warps),

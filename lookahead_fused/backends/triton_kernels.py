@@ -76,7 +76,7 @@ def number_at(row, column: constexpr, active):
     return pointer, has, tl.load(pointer, mask=has, other=0.0)
 
 
-@triton.jit(do_not_specialize=["grad_scale", "found_inf", "row_count", "gradients_at", "sync_now"])
+@triton.jit(do_not_specialize=["grad_scale", "found_inf", "row_count", "gradients_at", "pass_"])
 def rows(
     fixed,
     moving,
@@ -85,13 +85,13 @@ def rows(
     found_inf,
     row_count,
     gradients_at,
-    sync_now,
+    pass_,
     rule: constexpr,
     policy: constexpr,
 ):
     """Advances the step counter of every row that takes part, and writes the coefficients of its update.
 
-    Where `sync_now` is not 0 the pass is a sync, and no counter advances.
+    `pass_` is 0 in a step, 1 in a sync, in which no counter advances, and 2 in a step whose event comes later.
     """
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     active = gradient_of(moving, gradients_at, found_inf, i, i < row_count) != 0
@@ -113,13 +113,13 @@ def rows(
 
     # Where the inner step was done elsewhere, theta has moved already, and phi was taken before that.
     captures = (step == 1) & rule.reads_gradient
-    now = (sync_now != 0) & (applied > 0)
+    now = (pass_ == 1) & (applied > 0)
     # A lane that has no row divides by numbers of its own: a period must not be 0, nor a beta 1.
     of_policy = hypers_of(group, GROUP_POLICY, policy.hypers, active, 1)
     of_rule = hypers_of(group, GROUP_RULE, rule.hypers, active, 0)
-    at = PolicyInputs(step=step, captures=captures, by_count=sync_now == 0, now=now, lr=lr)
+    at = PolicyInputs(step=step, captures=captures, by_count=pass_ == 0, now=now, lr=lr)
     slow, after = policy.prepare(of_policy, at, own)
-    advances = sync_now == 0
+    advances = pass_ != 1
     tl.store(counter, applied + 1.0, mask=has_counter & advances)
     for j in tl.static_range(1, POLICY_NUMBERS):
         pointer, has, _ = number_at(row, ROW_AVERAGE_START + j * 8, active)
