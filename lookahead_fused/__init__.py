@@ -23,6 +23,7 @@ try:
     from ._ema import EMA
     from ._lookahead import Lookahead
     from ._optimizers import (
+        Lion,
         LookaheadAdam,
         LookaheadAdamW,
         LookaheadLion,
@@ -43,6 +44,7 @@ try:
         BackendStatus,
         EMA,
         GPA,
+        Lion,
         Lookahead,
         LookaheadAdam,
         LookaheadAdamW,
@@ -63,6 +65,7 @@ __all__ = [
     "EMA",
     "GPA",
     "BackendStatus",
+    "Lion",
     "Lookahead",
     "LookaheadAdam",
     "LookaheadAdamW",

@@ -55,10 +55,11 @@ class Averaged(Wrapper):
 
 
 _SHARED = """
-    Over torch's Adam, AdamW, SGD, RAdam and RMSprop a step is fused, on the base's own groups and state; its `step` is
-    not called, its hooks are, and x follows from y and z. Over any other optimizer the base steps z, and x is kept
-    beside it; a closure is then evaluated once, before that. `with optimizer.slow_weights():` evaluates on x. Weight
-    decay acts on z. A checkpoint that is saved on x carries y too, and has a run that loads it call `train()` first.
+    Over torch's Adam, AdamW, SGD, RAdam and RMSprop and over `Lion` a step is fused, on the base's own groups and
+    state; its `step` is not called, its hooks are, and x follows from y and z. Over any other optimizer the base steps
+    z, and x is kept beside it; a closure is then evaluated once, before that. `with optimizer.slow_weights():`
+    evaluates on x. Weight decay acts on z. A checkpoint that is saved on x carries y too, and has a run that loads it
+    call `train()` first.
 
     `param_groups`, `state` and `defaults` are the base's, so that it does not matter whether a scheduler, a hook or a
     checkpoint is attached to the base or to this, or when; its other public methods and attributes can be reached here

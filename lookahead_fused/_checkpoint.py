@@ -153,4 +153,6 @@ def _check_train_params(state_dict: Mapping[str, Any], groups: list[dict[str, An
                 f"{tuple(local_tensor(train).shape)}"
             )
         if not isinstance(entries.get(slow), Tensor):
-            raise ValueError(f"state {TRAIN!r} of parameter {index!r} must stand beside {slow!r}, which is not there")
+            raise ValueError(
+                f"state {TRAIN!r} of parameter {index!r} must stand beside slow weights, which are not there"
+            )

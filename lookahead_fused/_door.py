@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _checkpoint as checkpoint
+from ._fused import Fused
 from ._policies import MASTER
 from ._table import Table
 
@@ -90,6 +91,8 @@ class BaseDoor:
                     continue
                 # The base steps the parameter: its master begins anew from that.
                 own.pop(MASTER, None)
+                if isinstance(base, Fused):
+                    continue
                 for name, value in own.items():
                     if (
                         name in wrapper._table.policy.entries

@@ -14,8 +14,8 @@ class EMA(Wrapper):
     """An average of the weights around another optimizer: a <- a + (1 - d) (theta - a).
 
     Theta does not follow the average: its bits are those of the same steps without one. Over torch's Adam, AdamW, SGD,
-    RAdam and RMSprop a step is fused, on the base's own groups and state; its `step` is not called, its hooks are. Over
-    any other optimizer a step is `base.step()` and then one fused pass over the average. `with
+    RAdam and RMSprop and over `Lion` a step is fused, on the base's own groups and state; its `step` is not called, its
+    hooks are. Over any other optimizer a step is `base.step()` and then one fused pass over the average. `with
     optimizer.slow_weights():` evaluates and saves on the average.
 
     `param_groups`, `state` and `defaults` are the base's, so that it does not matter whether a scheduler, a hook or a

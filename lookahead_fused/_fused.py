@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import _checkpoint as checkpoint
 from . import _rules as rules
+from ._hooked import Hooked
 from ._policies import Lookahead
 from ._slow_weights import Interpolating
 from ._table import Table
@@ -73,24 +74,17 @@ def documented(cls: _Class) -> _Class:
     return cls
 
 
-class FusedLookahead(Interpolating):
-    """What the classes share: the table, the step and the checkpoints. A subclass names its rule."""
+class Fused(Hooked):
+    """What the classes share: the table, the step and the checkpoints. A subclass names its rule and its policy."""
 
     rule: rules.Rule
-    policy = Lookahead()
 
     def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        differentiable: bool = False,
-        fused: bool | None = None,
-        process_group: ProcessGroup | None = None,
+        self, params: ParamsT, defaults: dict[str, Any], differentiable: bool = False, fused: bool | None = None
     ) -> None:
         checkpoint.check_switches({"differentiable": differentiable, "fused": fused})
         self._table = Table(self.rule, self.policy)
         self._fused = fused
-        self._workers = None if process_group is None else Workers(process_group)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -104,7 +98,7 @@ class FusedLookahead(Interpolating):
 
     @opaque_to_compile
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Advances every parameter that has a gradient by one step, and syncs those whose turn it is.
+        """Advances every parameter that has a gradient by one step; with Lookahead, and syncs those whose turn it is.
 
         Args:
             closure: Reevaluates the model and returns the loss, as in torch.optim; it may return None.
@@ -166,3 +160,20 @@ class FusedLookahead(Interpolating):
 
     def _own_keys(self) -> tuple[str, ...]:
         return tuple(key for key in self.defaults if key not in checkpoint.TORCH_SWITCHES)
+
+
+class FusedLookahead(Fused, Interpolating):
+    """A rule with Lookahead."""
+
+    policy = Lookahead()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        differentiable: bool = False,
+        fused: bool | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        self._workers = None if process_group is None else Workers(process_group)
+        super().__init__(params, defaults, differentiable, fused)

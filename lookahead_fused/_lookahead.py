@@ -22,8 +22,9 @@ Pullback = Literal["none", "pullback", "reset"]
 class Lookahead(Wrapper, Interpolating):
     """Lookahead (Zhang, Lucas, Hinton, Ba 2019, algorithm 1) around another optimizer.
 
-    Over torch's Adam, AdamW, SGD, RAdam and RMSprop a step is fused, on the base's own groups and state; its `step` is
-    not called, its hooks are. Over any other optimizer a step is `base.step()` and then one fused sync.
+    Over torch's Adam, AdamW, SGD, RAdam and RMSprop and over `Lion` a step is fused, on the base's own groups and
+    state; its `step` is not called, its hooks are. Over any other optimizer a step is `base.step()` and then one fused
+    sync.
 
     `param_groups`, `state` and `defaults` are the base's, so that it does not matter whether a scheduler, a hook or a
     checkpoint is attached to the base or to this, or when; its other public methods and attributes can be reached here

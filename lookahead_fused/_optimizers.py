@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import _rules as rules
-from ._fused import Betas, FusedLookahead, Pullback, documented
-from ._policies import Lookahead
+from ._fused import Betas, Fused, FusedLookahead, Pullback, documented
+from ._policies import Alone, Lookahead
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -362,3 +362,63 @@ class LookaheadLion(FusedLookahead):
             "backend": backend,
         }
         super().__init__(params, defaults, differentiable, fused, process_group)
+
+
+class Lion(Fused):
+    """Lion (Chen et al. 2023, algorithm 2), which torch has not: c = beta1 m + (1 - beta1) g, theta <- theta -
+    lr (sign(c) + weight_decay theta), m <- beta2 m + (1 - beta2) g.
+
+    Its state is `exp_avg`, in the dtype of computation (fp32; fp64 for fp64 parameters), `step` in fp64, and for
+    `master_weights` `master_param`. The wrappers fuse their steps with it. A NaN in a gradient makes NaN of its weight,
+    as in the paper's code.
+
+    Args:
+        params: Tensors, named tensors or parameter groups, as in torch.optim.
+        lr: Learning rate, a float >= 0 or a tensor of one element.
+        betas: How much of the momentum goes into an update, and its decay rate: a pair of floats in [0, 1).
+        weight_decay: Decoupled weight decay, a float >= 0.
+        maximize: Ascend instead of descend.
+        foreach, capturable: Accepted and without effect: every number that may differ between two replays of a captured
+            graph lives on the device.
+        fused: False has a GradScaler unscale the gradients before the step, so that they can be clipped in between.
+            Else the step unscales them itself. Either way it is fused.
+        differentiable: Must be False.
+        master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate.
+        backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
+
+    Raises:
+        ValueError: A value is out of bounds, or `differentiable` is True.
+        TypeError: A value is of a wrong type.
+
+    Example:
+        >>> optimizer = Lion(model.parameters(), lr=1e-4, weight_decay=0.1)
+        >>> optimizer.step()
+    """
+
+    rule = rules.LION
+    policy = Alone()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: Betas = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        master_weights: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "master_weights": master_weights,
+            "backend": backend,
+        }
+        super().__init__(params, defaults, differentiable, fused)

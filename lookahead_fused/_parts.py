@@ -352,7 +352,7 @@ def _entries(module: ModuleType, rule: Rule, policy: Policy) -> tuple[str | None
     columns = [name for name, *_ in module.columns()]
     # What a policy does not have has no name in its state.
     renamed: dict[str, str | None] = {name: name for name in (*policy.numbers, CACHED, MASTER)}
-    renamed |= {"step": rule.step_name, "slow": policy.slow, "companion": policy.companion or None}
+    renamed |= {"step": rule.step_name, "slow": policy.slow or None, "companion": policy.companion or None}
     renamed = {**dict.fromkeys(("param", "grad", *NUMBERS)), **renamed}
     known = {name for name in columns if name is not None} == renamed.keys()
     differs = rule.reads_gradient and (set(hypers) != set(ours) or tuple(moments) != rule.moments)

@@ -42,7 +42,8 @@ class Policy:
     prefix: str = ""
     # Under which every backend has it.
     name: ClassVar[str]
-    # State names: of the slow weights, of what may stand beside them, and of the numbers that it keeps for a parameter.
+    # State names: of the slow weights, "" where there are none, of what may stand beside them, and of the numbers that
+    # it keeps for a parameter.
     slow: ClassVar[str] = "slow_param"
     companion: ClassVar[str] = ""
     numbers: ClassVar[tuple[str, ...]] = ()
@@ -54,7 +55,7 @@ class Policy:
     @property
     def as_large(self) -> tuple[str, ...]:
         """What may stand in a parameter's state beside the inner optimizer's own, as large as the parameter."""
-        return (self.slow, *((self.companion,) if self.companion else ()), CACHED, MASTER)
+        return tuple(name for name in (self.slow, self.companion, CACHED, MASTER) if name)
 
     @property
     def entries(self) -> tuple[str, ...]:
@@ -304,3 +305,18 @@ class ScheduleFree(Averaging):
             Argument(self.prefix + name, kind, (name,), name=name)
             for name, kind in (("interp", _INTERPOLATION), ("r", power), ("weight_lr_power", power))
         )
+
+
+@dataclass(frozen=True)
+class Alone(Policy):
+    """No slow weights: the rule alone."""
+
+    name = "alone"
+    slow = ""
+
+    @property
+    def arguments(self) -> tuple[Argument, ...]:
+        return ()
+
+    def an_event(self, group: Mapping[str, Any]) -> int:
+        return 1

@@ -47,7 +47,7 @@ class Row:
     step: Tensor
     # The policy's, by their state names.
     numbers: dict[str, Tensor]
-    slow: Tensor
+    slow: Tensor | None
     companion: Tensor | None
     moments: dict[str, Tensor]
     cached_moment: Tensor | None
@@ -181,7 +181,7 @@ def _make_row(
     if rule.reads_gradient and group.get(policy.master_weights) and param.dtype != dtype:
         master = own.tensor(MASTER, dtype, param)
     current = param if master is None else master
-    slow = own.tensor(policy.slow, dtype, current)
+    slow = own.tensor(policy.slow, dtype, current) if policy.slow else None
     # What is left beside slow weights that start anew is as old as they were.
     restarts = rule.reads_gradient and state.get(policy.slow) is None
     number_of = {name: own.counter(name, step if name == START else None, restarts) for name in policy.numbers}

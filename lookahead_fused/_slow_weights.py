@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any
@@ -12,19 +11,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ._checkpoint import TRAIN, given_by_index
+from ._hooked import Hooked
 from ._interrupts import uninterrupted
-from ._policies import Policy
 from ._swap import Swap
-from ._table import Table
-from ._torch import is_fsdp1, with_hooks
 from ._workers import Turn, Workers, check_group_entries
 
 
-class SlowWeights(Optimizer):
+class SlowWeights(Hooked):
     """The part of the public face that all optimizers with slow weights share."""
 
-    policy: Policy
-    _table: Table
     # How many slow_weights() blocks are open, eval() counted as one, and what to undo at the end of the outermost.
     _depth: int = 0
     _evaluating: bool = False
@@ -83,43 +78,10 @@ class SlowWeights(Optimizer):
                 self._evaluating = False
                 self._leave()
 
-    def _patch_step_function(self) -> None:
-        # torch's constructor calls this for every optimizer, and so does unpickling; in a class whose step is marked it
-        # wraps nothing.
-        cls = type(self)
-        if not getattr(cls.step, "hooked", False):
-            cls.step = with_hooks(cls.step)  # type: ignore[method-assign]
-            cls.step.hooked = True  # type: ignore[attr-defined]
-        super()._patch_step_function()
-        # Guards a whole step: another thread may evaluate on the slow weights meanwhile.
-        self._lock = threading.RLock()
-
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_slow_weights("copying or pickling")
         state: dict[str, Any] = super().__getstate__()
         return state
-
-    def _check_group(self, group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-        """Raises for what must not stand in a parameter group, besides the values of its settings.
-
-        Args:
-            known: The defaults of a base optimizer.
-        """
-
-    def _turn(self, found_inf: Tensor | None) -> Turn | None:
-        """What other workers have to agree on before a step."""
-        return None
-
-    def _advance(self, grad_scale: Tensor | None, found_inf: Tensor | None, turn: Turn | None = None) -> None:
-        """The table's step. `turn`: as `_turn` returned it for this step, where it was asked before."""
-        self._table.step(self.param_groups, self.state, grad_scale, found_inf)
-
-    def _may_unscale(self, fused: bool | None) -> bool:
-        """Whether a gradient scaler may leave unscaling to the step: not where its user said fused=False, as of torch's
-        own classes, and not where only the scaler tells the other ranks of an overflow."""
-        if fused is False:
-            return False
-        return not any(is_fsdp1(param) for group in self.param_groups for param in group["params"])
 
     def _refuse_inside_slow_weights(self, call: str, unless_evaluating: bool = False) -> None:
         if self._depth == 0:

@@ -14,6 +14,7 @@ from . import _rules as rules
 from ._door import BaseDoor
 from ._hyperparameters import check_passed
 from ._interrupts import uninterrupted
+from ._optimizers import Lion
 from ._policies import CACHED, Policy
 from ._rows import start_cached, start_slow
 from ._slow_weights import SlowWeights
@@ -22,7 +23,14 @@ from ._tensors import local_tensor
 from ._torch import call_with_hooks, keeps_its_state_elsewhere, opaque_to_compile
 
 # By exact type: a subclass may step differently.
-_FUSED = {Adam: rules.ADAM, AdamW: rules.ADAMW, SGD: rules.SGD, RAdam: rules.RADAM, RMSprop: rules.RMSPROP}
+_FUSED = {
+    Adam: rules.ADAM,
+    AdamW: rules.ADAMW,
+    SGD: rules.SGD,
+    RAdam: rules.RADAM,
+    RMSprop: rules.RMSPROP,
+    Lion: rules.LION,
+}
 
 # Under these names optimizers keep the first moment, which pullback and reset act on.
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
@@ -31,9 +39,9 @@ FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
 class Wrapper(SlowWeights):
     """What the wrappers share: slow weights around another optimizer, by a policy that a subclass names.
 
-    Over torch's Adam, AdamW, SGD, RAdam and RMSprop a step is fused, on the base's own groups and state; its `step` is
-    not called, its hooks are. Over any other optimizer a step is `base.step()` and then one fused pass over the slow
-    weights.
+    Over torch's Adam, AdamW, SGD, RAdam and RMSprop and over `Lion` a step is fused, on the base's own groups and
+    state; its `step` is not called, its hooks are. Over any other optimizer a step is `base.step()` and then one fused
+    pass over the slow weights.
 
     `param_groups`, `state` and `defaults` are the base's, so that it does not matter whether a scheduler, a hook or a
     checkpoint is attached to the base or to this, or when; its other public methods and attributes can be reached here
@@ -360,6 +368,11 @@ def _check_base(base: object) -> None:
         raise TypeError(
             "base_optimizer must keep its own state, and ZeroRedundancyOptimizer keeps it in another one; "
             "use ZeroRedundancyOptimizer(params, optimizer_class=LookaheadAdamW, ...)"
+        )
+    if type(base) is Lion and any(group.get("master_weights") for group in base.param_groups):
+        raise ValueError(
+            "base_optimizer must have master_weights=False, got True: give master_weights=True to its wrapper, which "
+            "makes the step"
         )
     if any(group.get("differentiable") for group in base.param_groups):
         raise ValueError("base_optimizer must not be differentiable: a fused step cannot be differentiated through")

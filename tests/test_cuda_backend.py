@@ -94,8 +94,8 @@ def test_a_capture_is_looked_for_on_the_tensors_device(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.cuda, "device", Device)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 1)
-    assert table._is_capturing(torch.device("cuda", 1))
-    assert not table._is_capturing(torch.device("cuda", 0))
+    assert table.is_capturing(torch.device("cuda", 1))
+    assert not table.is_capturing(torch.device("cuda", 0))
 
 
 class Module:

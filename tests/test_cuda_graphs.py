@@ -26,7 +26,7 @@ class Capture:
         self.stream = runtime.control_make_stream(0)
         self.graph = None
         table: Any = sys.modules["lookahead_fused._table"]
-        monkeypatch.setattr(table, "_is_capturing", Torch.is_capturing)
+        monkeypatch.setattr(table, "is_capturing", Torch.is_capturing)
 
     def __enter__(self) -> Capture:
         Torch.stream = self.stream

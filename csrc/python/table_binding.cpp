@@ -134,7 +134,8 @@ void TableBinding::add_row(py::object owner, py::object copy, py::dict state, in
     }
     for (int i = 0; i < COLUMNS; ++i) {
         const bool has = i > GRAD && present[i].cast<bool>();
-        if (i > GRAD && COLUMN_FACTS[i].required && !has) throw py::value_error("a row lacks a required column");
+        const bool required = COLUMN_FACTS[i].required || (i == SLOW && policy_names()[policy_].name != Alone::name);
+        if (i > GRAD && required && !has) throw py::value_error("a row lacks a required column");
         if (has) tensors.present |= 1u << i;
     }
 

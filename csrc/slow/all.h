@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../table/list.h"
+#include "alone.h"
 #include "averaging.h"
 #include "ema.h"
 #include "lookahead.h"
@@ -9,7 +10,7 @@
 namespace lookahead_fused {
 inline namespace LF_ISA {
 
-using Policies = List<Lookahead, Ema, Gpa, ScheduleFree>;
+using Policies = List<Lookahead, Ema, Gpa, ScheduleFree, Alone>;
 
 template <class T, class First, class... Others>
 LF_HD SlowStep<T> prepare_slow(List<First, Others...>, int32_t policy, const double* hyper, const PolicyInputs& at,

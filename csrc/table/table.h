@@ -49,7 +49,7 @@ constexpr ColumnFacts COLUMN_FACTS[COLUMNS] = {
     {"weight_sum", ColumnFacts::FP64, ColumnFacts::WRITTEN, true, false},
     {"lr_max", ColumnFacts::FP64, ColumnFacts::WRITTEN, true, false},
     {"master_param", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
-    {"slow", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, true},
+    {"slow", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
     {"cached_momentum", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
     {"companion", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
     {nullptr, ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},

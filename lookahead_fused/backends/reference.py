@@ -46,6 +46,7 @@ def step(row: Row, spec: Spec, grad_scale: float, event_later: bool) -> None:
     steps = int(applied) + 1
     start = p = _weights(row)
     if spec.policy.averages and spec.rule.reads_gradient:
+        assert row.slow is not None
         p = start if steps == 1 else row.slow.clone()
     moments = dict(row.moments)
     if spec.rule.reads_gradient:
@@ -81,7 +82,7 @@ class After:
     """What a step leaves: the weights, the slow weights and what stands beside them, and the policy's numbers."""
 
     p: Tensor
-    slow: Tensor
+    slow: Tensor | None
     cached: Tensor | None = None
     companion: Tensor | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
@@ -159,18 +160,26 @@ def _averaging(
     return After(p + (x - p) * train, p, companion=None if row.companion is None else x, numbers=numbers)
 
 
+def _alone(
+    row: Row, spec: Spec, steps: int | None, start: Tensor, p: Tensor, slow: Tensor, moments: dict[str, Tensor]
+) -> After:
+    return After(p, None)
+
+
 def _weights(row: Row) -> Tensor:
     return (row.param if row.master is None else row.master).to(row.compute_dtype, copy=True)
 
 
 def _write(row: Row, after: After, moments: Mapping[str, Tensor]) -> None:
     """All has been computed; nothing was changed before."""
-    if after.slow is not row.slow:
-        row.slow.copy_(after.slow)
     if row.master is not None:
         row.master.copy_(after.p)
     row.param.copy_(after.p)
-    for kept, made in ((row.cached_moment, after.cached), (row.companion, after.companion)):
+    for kept, made in (
+        (row.slow, after.slow),
+        (row.cached_moment, after.cached),
+        (row.companion, after.companion),
+    ):
         if made is not None and made is not kept:
             assert kept is not None
             kept.copy_(made)
@@ -364,5 +373,6 @@ POLICIES: dict[str, Any] = {
     "ema": _ema,
     "gpa": _averaging,
     "schedule_free": _averaging,
+    "alone": _alone,
 }
 RULES = {"adam": _adam, "sgd": _sgd, "rmsprop": _rmsprop, "radam": _radam, "lion": _lion}

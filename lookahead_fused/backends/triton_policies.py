@@ -193,6 +193,30 @@ def schedule_free_prepare(hyper, at, own):
     return averaging(hyper.interp, 1.0 - share, at, weighed)
 
 
+# ---- csrc/slow/alone.h
+
+
+@triton.jit
+def alone_prepare(hyper, at, own):
+    none = tl.full([ROWS], 0.0, tl.float64)
+    slow = SlowStep(
+        due=none,
+        capture=none,
+        acts_on_moment=none,
+        restarts=none,
+        weight_factor=none,
+        weight_from_a=none,
+        pullback=none,
+        outer=none,
+        outer_alpha=none,
+        outer_momentum=none,
+        recovery=none,
+        eval_interp=none,
+        train_interp=none,
+    )
+    return slow, own
+
+
 def _policy(name: str, prepare: Any, averages: bool = False) -> Policy:
     return Policy(prepare, constexpr(len(native.policies()[name])), constexpr(averages))
 
@@ -202,4 +226,5 @@ POLICIES = {
     "ema": _policy("ema", ema_prepare),
     "gpa": _policy("gpa", gpa_prepare, averages=True),
     "schedule_free": _policy("schedule_free", schedule_free_prepare, averages=True),
+    "alone": _policy("alone", alone_prepare),
 }
