@@ -86,7 +86,8 @@ class GPA(Averaged):
 
     Args:
         base_optimizer: The optimizer that makes the inner steps.
-        train_interp: mu_y, a float in (0, 1]: where y lies from z to x.
+        train_interp: mu_y, a float in (0, 1]: where y lies from z to x. This and the next may be tensors of one
+            element, read where they lie in every step.
         eval_interp: mu_x, a float in [0, 1]: how much of the average stays in a step. The authors take 0.974, 0.9869,
             0.9934, 0.9967 and 0.9984 for what 4, 8, 16, 32 and 64 inner steps are to DiLoCo.
         master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate; they are refused
@@ -139,7 +140,7 @@ class ScheduleFree(Averaged):
 
     Args:
         base_optimizer: The optimizer that makes the inner steps.
-        interp: beta, a float in (0, 1]: where y lies from z to x.
+        interp: beta, a float in (0, 1]: where y lies from z to x; or a tensor of one element that holds it.
         r: Power of the step in a sample's weight, an int >= 0.
         weight_lr_power: Power of the largest learning rate in it, an int >= 0.
         master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate; they are refused

@@ -28,7 +28,8 @@ class EMA(Wrapper):
     Args:
         base_optimizer: The optimizer that makes the inner steps.
         decay: d, a float in [0, 1], with which a sample that is n events old counts d^n; or "uniform", the mean of all
-            samples, the first included (SWA: Izmailov et al. 2018; LAWA: Kaddour 2022).
+            samples, the first included (SWA: Izmailov et al. 2018; LAWA: Kaddour 2022). A tensor of one element is read
+            where it lies in every step.
         every: Steps from one event to the next, an int >= 1. The others do not touch the average.
         start: The average begins as the weights after so many steps of their parameter, an int >= 0; at 0, as they were
             before the first. In a run that goes on without an average (of a checkpoint of the base) it begins where it

@@ -32,7 +32,8 @@ _LOOKAHEAD_ARGUMENTS = """
         differentiable: Must be False.
         k: Inner steps from one sync to the next, an int >= 1. A parameter syncs when its own count of updates is a
             multiple of k.
-        alpha: Step size of the slow weights, a float in [0, 1]; with outer momentum in [0, 2].
+        alpha: Step size of the slow weights, a float in [0, 1], with outer momentum in [0, 2]; or a tensor of one
+            element that holds it, read where it lies in every step.
         pullback_momentum: What becomes of the first moment at a sync: "none" keeps it, "pullback" interpolates it
             like the weights, "reset" zeroes it.
         outer_momentum: Momentum mu of the slow weights, a float in [0, 1): at a sync s = phi - theta, b <- mu b + s,

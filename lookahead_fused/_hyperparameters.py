@@ -108,10 +108,12 @@ class NumberOrTensor(Number):
             raise self.wrong_value(name, value)
 
     def check_step(self, name: str, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            self._check_tensor(name, value)
-        else:
+        if not isinstance(value, torch.Tensor):
             super().check_step(name, value)
+        elif self.binds:
+            self.check(name, value)
+        else:
+            self._check_tensor(name, value)
 
     def _check_tensor(self, name: str, value: torch.Tensor) -> None:
         if value.is_complex() or value.dtype == torch.bool:
@@ -179,6 +181,13 @@ class Choice(Kind):
 
     def encode(self, value: Any) -> tuple[float, ...]:
         return (float(self.options.index(value)),)
+
+
+def known(value: Any) -> float:
+    """A setting as a number; NaN for a tensor on another device, whose value would have to be waited for."""
+    if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+        return math.nan
+    return float(value)
 
 
 def one_of(*options: str) -> Choice:

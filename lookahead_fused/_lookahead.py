@@ -38,7 +38,8 @@ class Lookahead(Wrapper, Interpolating):
     Args:
         base_optimizer: The optimizer that makes the inner steps.
         k: Inner steps from one sync to the next, an int >= 1.
-        alpha: Step size of the slow weights, a float in [0, 1]; with outer momentum in [0, 2].
+        alpha: Step size of the slow weights, a float in [0, 1], with outer momentum in [0, 2]; or a tensor of one
+            element that holds it, read where it lies in every step.
         pullback_momentum: What becomes of the first moment at a sync: "none" keeps it, "pullback" interpolates it like
             the weights, "reset" zeroes it.
         outer_momentum: Momentum mu of the slow weights, a float in [0, 1): at a sync s = phi - theta, b <- mu b + s,

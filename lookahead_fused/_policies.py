@@ -11,7 +11,17 @@ from typing import Any, ClassVar
 
 import torch
 
-from ._hyperparameters import ABOVE_ZERO, BELOW_ONE, LARGEST_PERIOD, Argument, Number, Switch, one_of
+from ._hyperparameters import (
+    ABOVE_ZERO,
+    BELOW_ONE,
+    LARGEST_PERIOD,
+    Argument,
+    Number,
+    NumberOrTensor,
+    Switch,
+    known,
+    one_of,
+)
 
 # State names of every policy's: the first moment as the last event left it, the compute dtype's copy of a parameter in
 # 16 bits, and how many updates there had been when the slow weights were made.
@@ -24,7 +34,7 @@ PULLBACK_MODES = ("none", "pullback", "reset")
 
 
 @dataclass(frozen=True)
-class _StepSize(Number):
+class _StepSize(NumberOrTensor):
     """The slow weights' step size, which outer momentum allows to be larger than 1: there Python is asked."""
 
     def __post_init__(self) -> None:
@@ -148,7 +158,12 @@ class Lookahead(Policy):
     @property
     def arguments(self) -> tuple[Argument, ...]:
         k = Number("an int >= 1", at_least=1, whole=True, binds=True)
-        alpha = _StepSize("a float in [0, 1], with outer momentum in [0, 2]", at_least=0.0, at_most=2.0, binds=True)
+        alpha = _StepSize(
+            "a float in [0, 1], with outer momentum in [0, 2]",
+            at_least=0.0,
+            at_most=2.0,
+            binds=True,
+        )
         momentum = Number("a float in [0, 1)", at_least=0.0, at_most=BELOW_ONE, binds=True)
         return (
             Argument(self.k, k, ("k",), name="k"),
@@ -159,7 +174,7 @@ class Lookahead(Policy):
         )
 
     def check(self, group: Mapping[str, Any], **names: str) -> None:
-        if group[self.alpha] > 1 and not self.has_outer_momentum(group):
+        if known(group[self.alpha]) > 1 and not self.has_outer_momentum(group):
             name = names.get(self.alpha_name, self.alpha)
             raise ValueError(f"{name} must be a float in [0, 1] without outer momentum, got {group[self.alpha]!r}")
 
@@ -185,7 +200,7 @@ class Lookahead(Policy):
 
 
 @dataclass(frozen=True)
-class _Decay(Number):
+class _Decay(NumberOrTensor):
     """A number, or the word for a mean in which all samples count alike."""
 
     def check(self, name: str, value: Any) -> None:
@@ -226,7 +241,9 @@ class Ema(Policy):
 
     @property
     def arguments(self) -> tuple[Argument, ...]:
-        decay = _Decay(f"a float in [0, 1] or {UNIFORM!r}", at_least=0.0, at_most=1.0, binds=True)
+        decay = _Decay(
+            f"a float in [0, 1] or {UNIFORM!r}", at_least=0.0, at_most=1.0, binds=True
+        )
         every = Number("an int >= 1", at_least=1, whole=True, binds=True)
         start = Number("an int >= 0", at_least=0, whole=True, binds=True)
         return (
@@ -237,7 +254,7 @@ class Ema(Policy):
         )
 
     def check(self, group: Mapping[str, Any], **names: str) -> None:
-        if group[self.warmup] and group[self.decay] == UNIFORM:
+        if group[self.warmup] and isinstance(group[self.decay], str):
             warmup, decay = names.get("warmup", self.warmup), names.get("decay", self.decay)
             raise ValueError(f"{warmup} must be False with {decay}={UNIFORM!r}, which warms up by itself, got True")
 
@@ -248,7 +265,9 @@ class Ema(Policy):
         return int(group[self.start] + group[self.every])
 
 
-_INTERPOLATION = Number("a float in (0, 1]", at_least=ABOVE_ZERO, at_most=1.0, binds=True)
+_INTERPOLATION = NumberOrTensor(
+    "a float in (0, 1]", at_least=ABOVE_ZERO, at_most=1.0, binds=True
+)
 
 
 @dataclass(frozen=True)
@@ -283,7 +302,7 @@ class Gpa(Averaging):
 
     @property
     def arguments(self) -> tuple[Argument, ...]:
-        eval_interp = Number("a float in [0, 1]", at_least=0.0, at_most=1.0, binds=True)
+        eval_interp = NumberOrTensor("a float in [0, 1]", at_least=0.0, at_most=1.0, binds=True)
         return tuple(
             Argument(self.prefix + name, kind, (name,), name=name)
             for name, kind in (("train_interp", _INTERPOLATION), ("eval_interp", eval_interp))

@@ -7,8 +7,8 @@
 namespace lookahead_fused {
 namespace {
 
-// A learning rate that can be read where it lies, in the step: on a GPU the host never sees its value.
-bool is_lr(TensorReader& tensors, const Description& device, PyObject* value, Description& out) {
+// A number that can be read where it lies, in the step: on a GPU the host never sees its value.
+bool is_number(TensorReader& tensors, const Description& device, PyObject* value, Description& out) {
     return tensors.describe(value, out) && out.same_device(device) && out.numel() == 1 && out.data != nullptr &&
            (out.dtype == dlpack_dtype(Dtype::FLOAT32) || out.dtype == dlpack_dtype(Dtype::FLOAT64));
 }
@@ -52,7 +52,7 @@ bool GroupReader::refresh(TensorReader& tensors, const Description& device) {
 bool GroupReader::read(TensorReader& tensors, const Description& device, size_t index) {
     Source& source = sources_[index];
     Group& group = groups_[index];
-    bool ask_python = source.lr_each_step;
+    bool ask_python = source.each_step;
     PyObject* entry = nullptr;
     for (size_t i = 0; i < fields_.size(); ++i) {
         const Field& field = fields_[i];
@@ -74,7 +74,7 @@ bool GroupReader::read(TensorReader& tensors, const Description& device, size_t 
         if (value == nullptr || field.kind == Field::SWITCH) return false;
         double number = std::numeric_limits<double>::quiet_NaN();
         if (PyFloat_CheckExact(value)) number = PyFloat_AS_DOUBLE(value);
-        if (field.slot == 0 && source.lr_tensor != nullptr) return false;
+        if (is_live(source, source.values[i].ptr())) return false;
         if (!(number >= field.low && number <= field.high)) {
             ask_python = true;
             continue;
@@ -93,10 +93,21 @@ bool GroupReader::read(TensorReader& tensors, const Description& device, size_t 
             }
         }
     }
-    if (source.lr_tensor == nullptr) return true;
-    Description described;
-    return is_lr(tensors, device, source.lr_tensor, described) && described.data == group.lr &&
-           group.lr_is_double == (described.dtype == dlpack_dtype(Dtype::FLOAT64));
+    for (int i = 0; i < MAX_LIVE && source.live[i] != nullptr; ++i) {
+        Description described;
+        if (!is_number(tensors, device, source.live[i], described) || described.data != group.live[i].at ||
+            group.live[i].is_double != (described.dtype == dlpack_dtype(Dtype::FLOAT64))) {
+            return false;
+        }
+    }
+    return true;
+}
+
+bool GroupReader::is_live(const Source& source, PyObject* tensor) {
+    for (PyObject* const live : source.live) {
+        if (live != nullptr && live == tensor) return true;
+    }
+    return false;
 }
 
 // Validates the group, or raises; sees every kind of value that a group may hold.
@@ -108,23 +119,25 @@ void GroupReader::read_in_python(TensorReader& tensors, const Description& devic
     if (!read) throw py::error_already_set();
     const py::tuple values = read;
     if (values.size() != fields_.size()) throw py::value_error("a group has a number for each field");
-    source.lr_each_step = false;
-    source.lr_tensor = nullptr;
-    group.lr = nullptr;
+    source.each_step = false;
+    int lives = 0;
+    for (int i = 0; i < MAX_LIVE; ++i) {
+        source.live[i] = nullptr;
+        group.live[i] = {};
+    }
     for (size_t i = 0; i < fields_.size(); ++i) {
         const Field& field = fields_[i];
         py::object value = py::reinterpret_borrow<py::object>(PyDict_GetItem(source.dict, field.key));
         if (value && field.item >= 0) value = value[py::int_(field.item)];
         source.values[i] = value;
         assign(group, field.slot, py::object(values[i]).cast<double>());
-        if (field.slot == 0 && value && tensors.is_tensor(value.ptr())) {
+        if (field.slot >= 0 && value && tensors.is_tensor(value.ptr())) {
             Description described;
-            if (is_lr(tensors, device, value.ptr(), described)) {
-                group.lr = described.data;
-                group.lr_is_double = described.dtype == dlpack_dtype(Dtype::FLOAT64);
-                source.lr_tensor = value.ptr();
+            if (lives < MAX_LIVE && is_number(tensors, device, value.ptr(), described)) {
+                group.live[lives] = {described.data, field.slot, described.dtype == dlpack_dtype(Dtype::FLOAT64)};
+                source.live[lives++] = value.ptr();
             } else {
-                source.lr_each_step = true;
+                source.each_step = true;
             }
         }
     }

@@ -48,13 +48,14 @@ class GroupReader {
     struct Source {
         PyObject* dict;                  // borrowed: the optimizer's list has it
         std::vector<py::object> values;  // as last read, one for each field
-        bool lr_each_step = false;       // a tensor that is not where the table is
-        PyObject* lr_tensor = nullptr;
+        bool each_step = false;          // a tensor that is not where the table is
+        PyObject* live[MAX_LIVE] = {};   // those in the group's, of `values`
     };
 
     bool read(TensorReader& tensors, const Description& device, size_t index);
     void read_in_python(TensorReader& tensors, const Description& device, size_t index);
     static void assign(Group& group, int slot, double value);
+    static bool is_live(const Source& source, PyObject* tensor);
 
     py::tuple fields_tuple_;
     py::object read_group_;

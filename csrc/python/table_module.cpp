@@ -32,8 +32,12 @@ py::dict layout() {
     at["GROUP"] = sizeof(Group);
     at["GROUP_RULE"] = offsetof(Group, rule);
     at["GROUP_POLICY"] = offsetof(Group, policy);
-    at["GROUP_LR"] = offsetof(Group, lr);
-    at["GROUP_LR_IS_DOUBLE"] = offsetof(Group, lr_is_double);
+    at["GROUP_LIVE"] = offsetof(Group, live);
+    at["LIVES"] = MAX_LIVE;
+    at["LIVE"] = sizeof(Live);
+    at["LIVE_SLOT"] = offsetof(Live, slot);
+    at["LIVE_IS_DOUBLE"] = offsetof(Live, is_double);
+    at["POLICY_SLOT"] = static_cast<int>(Field::POLICY);
     at["CHUNK"] = sizeof(Chunk);
     at["CHUNK_OFFSET"] = offsetof(Chunk, offset);
     at["CHUNK_ROW"] = offsetof(Chunk, row);

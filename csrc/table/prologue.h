@@ -27,6 +27,16 @@ LF_HD bool skips_step(const StepArguments& arguments) {
 
 LF_HD bool takes_part(const Row& row, Pass pass) { return pass == Pass::SYNC || row.column[GRAD] != nullptr; }
 
+// The number in a slot of a group, from its tensor where it is one.
+LF_HD double number_in(const Group& group, int slot) {
+    for (const Live& live : group.live) {
+        if (live.at != nullptr && live.slot == slot) {
+            return live.is_double ? *static_cast<const double*>(live.at) : *static_cast<const float*>(live.at);
+        }
+    }
+    return slot < MAX_RULE_HYPERS ? group.rule[slot] : group.policy[slot - MAX_RULE_HYPERS];
+}
+
 // What decides the coefficients of a row's next update, besides its group.
 struct RowCounts {
     int64_t applied;  // updates so far
@@ -64,10 +74,9 @@ LF_HD void advance(const Row& row, const PolicyNumbers& after) {
 template <class Rule, class T>
 LF_HD PolicyNumbers prepare(int32_t policy, const Group& group, const RowCounts& counts, const StepArguments& arguments,
                             RowStep<Rule, T>& to) {
-    double lr = group.rule[0];
-    if (group.lr != nullptr) {
-        lr = group.lr_is_double ? *static_cast<const double*>(group.lr) : *static_cast<const float*>(group.lr);
-    }
+    const double lr = number_in(group, 0);
+    double of_policy[MAX_POLICY_HYPERS];
+    for (int i = 0; i < MAX_POLICY_HYPERS; ++i) of_policy[i] = number_in(group, MAX_RULE_HYPERS + i);
 
     PolicyInputs slow;
     slow.step = counts.applied + 1;
@@ -79,7 +88,7 @@ LF_HD PolicyNumbers prepare(int32_t policy, const Group& group, const RowCounts&
                                               : Event::NEVER;
 
     PolicyNumbers own = counts.policy;
-    to.slow = prepare_slow<T>(Policies{}, policy, group.policy, slow, own);
+    to.slow = prepare_slow<T>(Policies{}, policy, of_policy, slow, own);
 
     StepInputs at;
     at.step = counts.applied + 1;

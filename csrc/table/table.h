@@ -75,11 +75,20 @@ struct Row {
 // The binding checks that no rule and no policy has more.
 constexpr int MAX_RULE_HYPERS = 10, MAX_POLICY_HYPERS = 6;
 
+// A hyperparameter that is a tensor of one element, read where it lies in every step.
+struct Live {
+    const void* at;  // null: there is none
+    int32_t slot;    // of the rule's hyperparameters, or MAX_RULE_HYPERS and the policy's
+    int32_t is_double;
+};
+
+// A learning rate, and the two interpolations of a policy that averages.
+constexpr int MAX_LIVE = 3;
+
 struct Group {
     double rule[MAX_RULE_HYPERS];      // in the order of the rule's hyper_names
     double policy[MAX_POLICY_HYPERS];  // in the order of the policy's
-    const void* lr;                    // null, or a learning rate that is a tensor; rule[0] is then not read
-    int32_t lr_is_double;
+    Live live[MAX_LIVE];               // in place of the numbers above
 };
 
 // Offsets are 64-bit: a tensor may have more than 2^31 elements.

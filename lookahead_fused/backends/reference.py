@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._hyperparameters import Argument
 from .._parts import Part, PlainPart, Spec
-from .._policies import START, UNIFORM, Ema, Gpa, Lookahead
+from .._policies import START, Ema, Gpa, Lookahead
 from .._rows import Row
 
 NAME = "reference"
@@ -93,7 +93,7 @@ def _lookahead(
 ) -> After:
     """What a sync makes of these after so many steps, or now; see `csrc/slow/lookahead.h`."""
     policy = cast(Lookahead, spec.policy)
-    alpha, pullback = row.group[policy.alpha], row.group[policy.pullback_momentum]
+    alpha, pullback = float(row.group[policy.alpha]), row.group[policy.pullback_momentum]
     outer, cached = row.companion, row.cached_moment
     if steps is not None and steps % row.group[policy.k] != 0:
         return After(p, slow)
@@ -102,7 +102,7 @@ def _lookahead(
         momentum, difference = float(row.group[policy.outer_momentum]), slow - p
         outer = outer * momentum + difference
         nesterov = row.group.get(policy.outer_nesterov, True)
-        slow = slow - (difference + outer * momentum if nesterov else outer) * float(alpha)
+        slow = slow - (difference + outer * momentum if nesterov else outer) * alpha
     else:
         slow = _lerp(slow, p, alpha)
     first = spec.rule.moments[0]
@@ -125,7 +125,7 @@ def _ema(
     since = steps - max(int(row.numbers[START].item()), row.group[policy.start])
     if since >= 0 and since % every == 0:
         n = since // every
-        if decay == UNIFORM:
+        if isinstance(decay, str):
             weight = 1.0 / (n + 1)
         else:
             weight = 1.0 - min(float(decay), (1 + n) / (10 + n) if row.group[policy.warmup] else 1.0)
@@ -144,8 +144,8 @@ def _averaging(
     if isinstance(policy, Gpa):
         train, share = (float(argument.value(group)) for argument in policy.arguments)
     else:
-        train, r, exponent = (argument.value(group) for argument in policy.arguments)
-        lr = float(group.get("lr", 1.0))
+        interp, r, exponent = (argument.value(group) for argument in policy.arguments)
+        train, lr = float(interp), float(group.get("lr", 1.0))
         numbers["lr_max"] = lr if numbers["lr_max"] < lr else numbers["lr_max"]
         weight = _power(float(steps), r) * _power(numbers["lr_max"], exponent)
         numbers["weight_sum"] += weight

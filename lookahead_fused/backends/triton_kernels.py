@@ -60,10 +60,27 @@ def gradient_of(moving, gradients_at, found_inf, i, mask=None):
 
 
 @triton.jit
-def hypers_of(group, offset: constexpr, count: constexpr, mask, other: constexpr):
+def lives_of(group, mask):
+    """Of each hyperparameter that may be a tensor: its slot, -1 where it is none, and the number in it."""
+    lives = ()
+    for j in tl.static_range(LIVES):
+        at = read(group, GROUP_LIVE + j * LIVE, tl.int64, mask)
+        is_double = read(group, GROUP_LIVE + j * LIVE + LIVE_IS_DOUBLE, tl.int32, mask) != 0
+        single = tl.load(at.to(tl.pointer_type(tl.float32)), mask=mask & (at != 0) & ~is_double, other=0.0)
+        double = tl.load(at.to(tl.pointer_type(tl.float64)), mask=mask & (at != 0) & is_double, other=0.0)
+        slot = tl.where(at != 0, read(group, GROUP_LIVE + j * LIVE + LIVE_SLOT, tl.int32, mask), -1)
+        lives += ((slot, tl.where(is_double, double, single.to(tl.float64))),)
+    return lives
+
+
+@triton.jit
+def hypers_of(group, lives, offset: constexpr, first_slot: constexpr, count: constexpr, mask, other: constexpr):
     values = ()
     for j in tl.static_range(count):
-        values += (read(group, offset + j * 8, tl.float64, mask, other),)
+        value = read(group, offset + j * 8, tl.float64, mask, other)
+        for k in tl.static_range(LIVES):
+            value = tl.where(lives[k][0] == first_slot + j, lives[k][1], value)
+        values += (value,)
     return values
 
 
@@ -103,20 +120,16 @@ def rows(
         own += (number_at(row, ROW_AVERAGE_START + j * 8, active)[2],)
 
     step = applied.to(tl.int64) + 1
-    lr_tensor = read(group, GROUP_LR, tl.int64, active)
-    lr_is_double = read(group, GROUP_LR_IS_DOUBLE, tl.int32, active) != 0
-    single = tl.load(lr_tensor.to(tl.pointer_type(tl.float32)), mask=active & (lr_tensor != 0) & ~lr_is_double, other=0)
-    double = tl.load(lr_tensor.to(tl.pointer_type(tl.float64)), mask=active & (lr_tensor != 0) & lr_is_double, other=0)
-    lr = read(group, GROUP_RULE, tl.float64, active)
-    lr = tl.where(lr_tensor != 0, tl.where(lr_is_double, double, single.to(tl.float64)), lr)
     first = (step == 1) & (read(row, ROW_MOMENTS_LOADED, tl.int32, active) == 0)
 
     # Where the inner step was done elsewhere, theta has moved already, and phi was taken before that.
     captures = (step == 1) & rule.reads_gradient
     now = (pass_ == 1) & (applied > 0)
     # A lane that has no row divides by numbers of its own: a period must not be 0, nor a beta 1.
-    of_policy = hypers_of(group, GROUP_POLICY, policy.hypers, active, 1)
-    of_rule = hypers_of(group, GROUP_RULE, rule.hypers, active, 0)
+    lives = lives_of(group, active)
+    of_policy = hypers_of(group, lives, GROUP_POLICY, POLICY_SLOT, policy.hypers, active, 1)
+    of_rule = hypers_of(group, lives, GROUP_RULE, 0, rule.hypers, active, 0)
+    lr = of_rule[0]
     at = PolicyInputs(step=step, captures=captures, by_count=pass_ == 0, now=now, lr=lr)
     slow, after = policy.prepare(of_policy, at, own)
     advances = pass_ != 1
