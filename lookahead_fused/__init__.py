@@ -19,6 +19,7 @@ _import_error: Exception | None = None
 
 try:
     from . import _build as build
+    from ._convert import convert
     from ._ema import EMA
     from ._lookahead import Lookahead
     from ._optimizers import (
@@ -48,6 +49,7 @@ try:
         LookaheadRAdam,
         LookaheadRMSprop,
         LookaheadSGD,
+        convert,
     ):
         _public.__module__ = __name__
 except Exception as error:  # a torch whose libraries do not load raises an OSError
@@ -68,4 +70,5 @@ __all__ = [
     "LookaheadSGD",
     "__version__",
     "backends",
+    "convert",
 ]

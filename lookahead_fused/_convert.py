@@ -1,0 +1,365 @@
+"""State dicts of other packages' optimizers, brought into the form that ours load."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checkpoint import TORCH_SWITCHES
+from ._ema import EMA
+from ._rows import SLOW, START
+from ._tensors import compute_dtype
+
+# What a converter returns: the state dict, and what its user must be told.
+_Converted = tuple[dict[str, Any], list[str]]
+
+
+def convert(
+    state_dict: Mapping[str, Any], source: str, parameters: Iterable[tuple[str, Tensor] | str] | None = None
+) -> dict[str, Any]:
+    """A state dict of another package's optimizer as one that the matching class or wrapper here loads.
+
+    The input stays as it is. What cannot be carried over comes as a warning. Tensors that need no change are not
+    copied: loading copies them.
+
+    Sources:
+
+    - ``"torch"``: a torch.optim optimizer's. It loads without `convert` too; torch's switches (`foreach`, `fused`,
+      `capturable`, `differentiable`) are taken out, so that every machine can load the result.
+
+    - ``"schedulefree"``: that of `schedulefree.AdamWScheduleFree` or `SGDScheduleFree`, for
+      ``ScheduleFree(torch.optim.AdamW(...))`` or ``ScheduleFree(torch.optim.SGD(...))``. Their `betas[0]` or `momentum`
+      is `interp`, and the base has neither a first moment nor a momentum. Save after `optimizer.train()`: in its eval
+      mode the package keeps x in the parameters, and not y. Two things are not the same here. Weight decay acts on z,
+      and not on y: with `weight_decay` other than 0 the run takes a slightly different path. There is no `warmup_steps`
+      here: the learning rate goes over as the group has it, and what is left of a warm-up is a scheduler's to do.
+
+    - ``"AveragedModel"``: that of `torch.optim.swa_utils.AveragedModel`, merged with that of the optimizer which trains
+      the model (see the example), for ``EMA(optimizer)``. `n_averaged` becomes `average_start`, so that
+      `decay="uniform"` goes on with the right weight. It counts calls and knows nothing of steps. So convert right
+      after an update of the average, and merge in the state dict of the wrapper: its groups tell `every`, which
+      otherwise counts as 1, also in the result. Without the optimizer's state dict the base begins anew, and so do the
+      weights of a uniform mean; over a base that is not fused that does not work, as it takes the average for state
+      that it made itself. Averages of buffers do not go over.
+
+    Args:
+        state_dict: What the source's `state_dict()` returned; also after `torch.load(..., weights_only=True)`.
+        source: One of the names above.
+        parameters: For "AveragedModel" alone: `model.named_parameters()`, or names, in the order of the optimizer's
+            parameters. It may be left out where the optimizer was given `named_parameters()` and its groups have
+            `param_names`.
+
+    Returns:
+        A new state dict. Averages and z are in fp32, of fp64 parameters in fp64; counts and sums are 0-dim fp64 tensors
+        on the CPU. Other state keeps its dtype.
+
+    Raises:
+        TypeError: `state_dict` is not a mapping.
+        ValueError: `source` is unknown; the state dict is not that source's, or its optimizer was in eval mode; `r` or
+            `weight_lr_power` is not a whole number; `parameters` is missing, or its names, their order or their shapes
+            do not fit.
+
+    Example:
+        >>> optimizer = EMA(torch.optim.AdamW(model.parameters(), lr=3e-4), decay="uniform", every=10)
+        >>> optimizer.load_state_dict(saved["optimizer"])
+        >>> both = {**saved["averaged_model"], **optimizer.state_dict()}
+        >>> optimizer.load_state_dict(convert(both, "AveragedModel", model.named_parameters()))
+    """
+    converter = _SOURCES.get(source) if isinstance(source, str) else None
+    if converter is None:
+        raise ValueError(f"source must be one of {', '.join(map(repr, _SOURCES))}, got {source!r}")
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
+    if parameters is not None and converter is not _averaged_model:
+        raise ValueError(f"parameters must be None for source={source!r}, whose state dict has an order of its own")
+    with torch.no_grad():
+        converted, told = converter(state_dict, parameters)
+    for message in told:
+        warnings.warn(f"convert from {source!r}: {message}", stacklevel=2)
+    return converted
+
+
+# ------------------------------------------------------------------------------------------------------------
+# torch
+
+
+def _torch(state_dict: Mapping[str, Any], _: object) -> _Converted:
+    _check_optimizers(state_dict, "a torch.optim optimizer's")
+    return {**state_dict, "state": _states(state_dict), "param_groups": _groups(state_dict)}, []
+
+
+def _check_optimizers(state_dict: Mapping[str, Any], whose: str) -> None:
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"state_dict must be {whose}, got one without {key!r}")
+
+
+def _states(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
+    """The states by the parameters' numbers, and what else an optimizer keeps there, in new dicts."""
+    return {key: dict(own) if isinstance(own, Mapping) else own for key, own in state_dict["state"].items()}
+
+
+def _groups(state_dict: Mapping[str, Any], without: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The groups in new dicts and lists, without torch's switches and some other entries."""
+    left_out = {*TORCH_SWITCHES, *without}
+    return [
+        {key: list(value) if key == "params" else value for key, value in group.items() if key not in left_out}
+        for group in state_dict["param_groups"]
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# schedulefree
+
+# What its groups keep besides hyperparameters that torch's have too.
+_OF_SCHEDULE_FREE = (
+    "r", "k", "warmup_steps", "train_mode", "weight_sum", "lr_max", "scheduled_lr", "weight_lr_power"
+)  # fmt: skip
+_SCHEDULE_FREE = "schedule_free_"
+
+
+def _schedulefree(state_dict: Mapping[str, Any], _: object) -> _Converted:
+    whose = "that of schedulefree's AdamWScheduleFree or SGDScheduleFree"
+    _check_optimizers(state_dict, whose)
+    told: list[str] = []
+    states: dict[Any, Any] = {}
+    groups = _groups(state_dict, without=_OF_SCHEDULE_FREE)
+    for index, (theirs, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
+        where = f"group {index}"
+        missing = [key for key in _OF_SCHEDULE_FREE if key not in theirs]
+        if missing or not ("betas" in theirs or "momentum" in theirs):
+            raise ValueError(f"state_dict must be {whose}, got {where} without {', '.join(missing) or 'betas'}")
+        known = {key: own for key in theirs["params"] if (own := state_dict["state"].get(key))}
+        if known and not theirs["train_mode"]:
+            raise ValueError(
+                f"state_dict must be saved in train mode, and {where} has train_mode=False: its parameters hold x; "
+                "call optimizer.train() before saving the model and the optimizer"
+            )
+        _set_hyperparameters(theirs, group, where)
+        scalars = {
+            "step": _scalar(theirs["k"]),
+            "weight_sum": _scalar(theirs["weight_sum"]),
+            "lr_max": _scalar(theirs["lr_max"]),
+        }
+        for key, own in known.items():
+            states[key] = {**{name: scalar.clone() for name, scalar in scalars.items()}, **_sequences(own, key, whose)}
+        told += _told_of_schedule_free(theirs, where, [key for key in theirs["params"] if key not in known])
+    return {"state": states, "param_groups": groups}, told
+
+
+def _set_hyperparameters(theirs: Mapping[str, Any], group: dict[str, Any], where: str) -> None:
+    if "betas" in theirs:
+        interp, beta2 = theirs["betas"]
+        group.update(betas=(0.0, beta2), amsgrad=False, decoupled_weight_decay=True)
+    else:
+        interp = theirs["momentum"]
+        group.update(momentum=0.0, dampening=0.0, nesterov=False)
+    group["maximize"] = False
+    group[_SCHEDULE_FREE + "interp"] = interp
+    for name in ("r", "weight_lr_power"):
+        value = float(theirs[name])
+        if value < 0 or not value.is_integer():
+            raise ValueError(f"{name} of {where} must be a whole number >= 0, got {theirs[name]!r}")
+        group[_SCHEDULE_FREE + name] = int(value)
+
+
+def _sequences(own: Mapping[str, Any], key: object, whose: str) -> dict[str, Tensor]:
+    """z, and for AdamW the moments. The first is the gradient itself at beta1 = 0, whatever it was before."""
+    if not isinstance(own.get("z"), Tensor):
+        raise ValueError(f"state_dict must be {whose}, got a state of parameter {key} without 'z'")
+    made = {"z": _in_compute_dtype(own["z"])}
+    if "exp_avg_sq" in own:
+        made["exp_avg_sq"] = _in_compute_dtype(own["exp_avg_sq"])
+        made["exp_avg"] = torch.zeros_like(made["exp_avg_sq"])
+    return made
+
+
+def _told_of_schedule_free(theirs: Mapping[str, Any], where: str, without_state: list[Any]) -> list[str]:
+    told, steps = [], int(theirs["k"])
+    if steps < theirs["warmup_steps"]:
+        told.append(
+            f"{where} is at step {steps} of its warmup_steps={theirs['warmup_steps']}, and there is no warm-up here: "
+            "its learning rate is the full one from now on; let a torch.optim.lr_scheduler finish the warm-up"
+        )
+    if theirs["weight_decay"] != 0:
+        told.append(
+            f"{where} has weight_decay={theirs['weight_decay']}, which acts on y there and on z here: "
+            "the run goes on along a slightly different path"
+        )
+    if steps > 0 and without_state:
+        told.append(
+            f"parameters {_listed(without_state)} of {where} had no gradient yet: should they get one, their steps and "
+            f"weights count from there, and not from the group's {steps} steps"
+        )
+    return told
+
+
+# ------------------------------------------------------------------------------------------------------------
+# AveragedModel
+
+_MODULE = "module."
+
+
+def _averaged_model(state_dict: Mapping[str, Any], parameters: Iterable[tuple[str, Tensor] | str] | None) -> _Converted:
+    if "n_averaged" not in state_dict:
+        raise ValueError("state_dict must be an AveragedModel's, got one without 'n_averaged'")
+    samples = int(state_dict["n_averaged"])
+    trains = "param_groups" in state_dict
+    if trains:
+        _check_optimizers(state_dict, "an AveragedModel's, alone or merged with an optimizer's")
+    named = _named(parameters, state_dict["param_groups"] if trains else [])
+    averages = _averages(state_dict, named)
+    groups = _groups(state_dict) if trains else [{"params": list(range(len(named)))}]
+    states = _states(state_dict) if trains else {}
+    listed = sum(len(group["params"]) for group in groups)
+    if listed != len(named):
+        raise ValueError(f"parameters must be the optimizer's {listed} parameters, got {len(named)}")
+    told = _told_of_buffers(state_dict, averages)
+    if samples == 0:
+        return {"state": states, "param_groups": groups}, [*told, "n_averaged is 0: there is no average to go on from"]
+
+    begun = {key: dict(states[key]) for group in groups for key in group["params"] if states.get(key)}
+    without_state, shortened, late = [], [], []
+    members = ((group, key) for group in groups for key in group["params"])
+    for (group, key), (name, param) in zip(members, named, strict=True):
+        every = group.setdefault(EMA.policy.every, 1) if trains else 1
+        own = begun.get(key, {})
+        # The first sample was the weights at the update where the average began.
+        since = (samples - 1) * every
+        if "step" in own:
+            counts = {"step": own["step"]}
+            steps = float(own["step"])
+        elif "dampening" in group:
+            # torch's SGD counts nothing. With a step of 0 its momentum would count as not begun.
+            steps = since + 1.0
+            counts = {"step": _scalar(steps)}
+        elif own:
+            steps, counts = since + 1.0, {}
+        elif begun:
+            # It never moved, and is its own average.
+            if param is None or param.requires_grad:
+                without_state.append(name)
+            continue
+        else:
+            steps, counts = 0.0, {"step": _scalar(0)}
+        began = max(0.0, steps - since)
+        if steps < since and steps > 0:
+            shortened.append(name)
+        if group.get(EMA.policy.start, 0) > began:
+            late.append(name)
+        states[key] = {**own, **counts, SLOW: averages[name], START: _scalar(began)}
+        if own:
+            # Which count the wrapper goes by hangs on whether it fuses the base's step, and that cannot be seen here.
+            states[key][EMA.policy.prefix + "step"] = _scalar(steps)
+    if not begun and not any("dampening" in group for group in groups):
+        told.append(
+            "the base optimizer's state is not there: its moments and its count of steps begin anew, "
+            f"and a uniform mean would go on as if n_averaged were 1, and not {samples}; "
+            "merge in the optimizer's state dict"
+        )
+    if without_state:
+        told.append(f"{_listed(without_state)} had no gradient yet: their averages begin with their first step")
+    if shortened:
+        told.append(
+            f"{_listed(shortened)} had fewer updates than n_averaged={samples} needs: a uniform mean and a warm-up go "
+            "on as if the average had begun with the first of them"
+        )
+    if late:
+        told.append(
+            f"the average of {_listed(late)} began before {EMA.policy.start} says: the samples count from there; set "
+            f"start=0 for all of them to count"
+        )
+    return {"state": states, "param_groups": groups}, told
+
+
+def _named(
+    parameters: Iterable[tuple[str, Tensor] | str] | None, groups: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, Tensor | None]]:
+    """The names in the optimizer's order, each with its parameter where that was given."""
+    known = list(chain.from_iterable(group.get("param_names") or [None] * len(group["params"]) for group in groups))
+    if parameters is None:
+        if not known or None in known:
+            raise ValueError("parameters must be model.named_parameters() for source='AveragedModel', got None")
+        return [(name, None) for name in known]
+    named: list[tuple[str, Tensor | None]] = []
+    for given in parameters:
+        name, param = (given, None) if isinstance(given, str) else given if _is_pair(given) else (None, None)
+        if name is None:
+            raise ValueError(f"parameters must be pairs of a name and a parameter, or names, got {type(given)}")
+        named.append((name, param))
+    for position, (own, (name, _)) in enumerate(zip(known, named, strict=False)):
+        if own not in (None, name):
+            raise ValueError(
+                f"parameters must be in the optimizer's order, got {name!r} at position {position}, where it has "
+                f"{own!r}"
+            )
+    return named
+
+
+def _is_pair(given: object) -> bool:
+    return isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str) and isinstance(given[1], Tensor)
+
+
+def _averages(state_dict: Mapping[str, Any], named: list[tuple[str, Tensor | None]]) -> dict[str, Tensor]:
+    missing = [name for name, _ in named if not isinstance(state_dict.get(_MODULE + name), Tensor)]
+    if missing:
+        raise ValueError(f"parameters must be the averaged model's, which has no {_listed(missing)}")
+    made = {}
+    for name, param in named:
+        average = state_dict[_MODULE + name]
+        if param is not None and param.shape != average.shape:
+            raise ValueError(
+                f"parameters must have the averages' shapes: {name} is {tuple(param.shape)}, and its average "
+                f"{tuple(average.shape)}"
+            )
+        made[name] = _in_compute_dtype(average)
+    return made
+
+
+def _told_of_buffers(state_dict: Mapping[str, Any], averages: Mapping[str, Tensor]) -> list[str]:
+    taken = {_MODULE + name for name in averages}
+    # A parameter that two modules share is there under both names.
+    held = {_memory(state_dict[name]) for name in taken}
+    others = [
+        key.removeprefix(_MODULE)
+        for key, value in state_dict.items()
+        if key.startswith(_MODULE) and key not in taken and not (isinstance(value, Tensor) and _memory(value) in held)
+    ]
+    if not others:
+        return []
+    return [f"{_listed(others)} of the averaged model are not among the parameters, and stay behind"]
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    # An empty tensor shares no memory, and is none but itself.
+    return (tensor.data_ptr(), tensor.shape) if tensor.numel() else (id(tensor),)
+
+
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _scalar(value: Any) -> Tensor:
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
+
+
+def _in_compute_dtype(tensor: Tensor) -> Tensor:
+    """A copy in the dtype that slow weights have."""
+    dtype = tensor.dtype if tensor.is_complex() else compute_dtype(tensor.dtype)
+    return tensor.detach().to(dtype, copy=True)
+
+
+def _listed(names: Sequence[Any], most: int = 5) -> str:
+    shown = ", ".join(map(str, names[:most]))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+_SOURCES: dict[str, Callable[[Mapping[str, Any], Any], _Converted]] = {
+    "torch": _torch,
+    "schedulefree": _schedulefree,
+    "AveragedModel": _averaged_model,
+}
