@@ -59,7 +59,7 @@ def convert(
         on the CPU. Other state keeps its dtype.
 
     Raises:
-        TypeError: `state_dict` is not a mapping.
+        TypeError: `state_dict` is not a mapping, or `parameters` are neither pairs of a name and a parameter nor names.
         ValueError: `source` is unknown; the state dict is not that source's, or its optimizer was in eval mode; `r` or
             `weight_lr_power` is not a whole number; `parameters` is missing, or its names, their order or their shapes
             do not fit.
@@ -214,56 +214,45 @@ def _averaged_model(state_dict: Mapping[str, Any], parameters: Iterable[tuple[st
         _check_optimizers(state_dict, "an AveragedModel's, alone or merged with an optimizer's")
     named = _named(parameters, state_dict["param_groups"] if trains else [])
     averages = _averages(state_dict, named)
-    groups = _groups(state_dict) if trains else [{"params": list(range(len(named)))}]
+    groups: list[dict[str, Any]] = _groups(state_dict) if trains else [{"params": list(range(len(named)))}]
     states = _states(state_dict) if trains else {}
-    listed = sum(len(group["params"]) for group in groups)
-    if listed != len(named):
-        raise ValueError(f"parameters must be the optimizer's {listed} parameters, got {len(named)}")
+    members = [(group, key) for group in groups for key in group["params"]]
+    if len(members) != len(named):
+        raise ValueError(f"parameters must be the optimizer's {len(members)} parameters, got {len(named)}")
+    converted = {"state": states, "param_groups": groups}
     told = _told_of_buffers(state_dict, averages)
     if samples == 0:
-        return {"state": states, "param_groups": groups}, [*told, "n_averaged is 0: there is no average to go on from"]
+        return converted, [*told, "n_averaged is 0: there is no average to go on from"]
 
-    begun = {key: dict(states[key]) for group in groups for key in group["params"] if states.get(key)}
-    without_state, shortened, late = [], [], []
-    members = ((group, key) for group in groups for key in group["params"])
+    for group in groups if trains else ():
+        group.setdefault(EMA.policy.every, 1)
+    has_begun = any(states.get(key) for _, key in members)
+    new, shortened, late = [], [], []
     for (group, key), (name, param) in zip(members, named, strict=True):
-        every = group.setdefault(EMA.policy.every, 1) if trains else 1
-        own = begun.get(key, {})
-        # The first sample was the weights at the update where the average began.
-        since = (samples - 1) * every
-        if "step" in own:
-            counts = {"step": own["step"]}
-            steps = float(own["step"])
-        elif "dampening" in group:
-            # torch's SGD counts nothing. With a step of 0 its momentum would count as not begun.
-            steps = since + 1.0
-            counts = {"step": _scalar(steps)}
-        elif own:
-            steps, counts = since + 1.0, {}
-        elif begun:
-            # It never moved, and is its own average.
-            if param is None or param.requires_grad:
-                without_state.append(name)
+        if not (averages[name].is_floating_point() or averages[name].is_complex()):
             continue
-        else:
-            steps, counts = 0.0, {"step": _scalar(0)}
+        own = states.get(key) or {}
+        # The first sample was the weights at the update with which the average began.
+        since = (samples - 1) * group.get(EMA.policy.every, 1)
+        if not own and has_begun and not _is_sgd(group):
+            # It was never updated, and is its own average.
+            if param is None or param.requires_grad:
+                new.append(name)
+            continue
+        steps, counts = _count(own, group, since)
         began = max(0.0, steps - since)
-        if steps < since and steps > 0:
+        if own and steps < since:
             shortened.append(name)
         if group.get(EMA.policy.start, 0) > began:
             late.append(name)
-        states[key] = {**own, **counts, SLOW: averages[name], START: _scalar(began)}
-        if own:
-            # Which count the wrapper goes by hangs on whether it fuses the base's step, and that cannot be seen here.
-            states[key][EMA.policy.prefix + "step"] = _scalar(steps)
-    if not begun and not any("dampening" in group for group in groups):
+        states[key] = {**own, **counts, SLOW: _in_compute_dtype(averages[name]), START: _scalar(began)}
+    if not has_begun and not all(map(_is_sgd, groups)):
         told.append(
-            "the base optimizer's state is not there: its moments and its count of steps begin anew, "
-            f"and a uniform mean would go on as if n_averaged were 1, and not {samples}; "
-            "merge in the optimizer's state dict"
+            "the state of the base optimizer is not there: its moments and its count of steps begin anew, and a "
+            f"uniform mean goes on as if n_averaged were 1, and not {samples}; merge in the optimizer's state dict"
         )
-    if without_state:
-        told.append(f"{_listed(without_state)} had no gradient yet: their averages begin with their first step")
+    if new:
+        told.append(f"{_listed(new)} had no gradient yet: their averages begin with their first step")
     if shortened:
         told.append(
             f"{_listed(shortened)} had fewer updates than n_averaged={samples} needs: a uniform mean and a warm-up go "
@@ -271,10 +260,31 @@ def _averaged_model(state_dict: Mapping[str, Any], parameters: Iterable[tuple[st
         )
     if late:
         told.append(
-            f"the average of {_listed(late)} began before {EMA.policy.start} says: the samples count from there; set "
-            f"start=0 for all of them to count"
+            f"the average of {_listed(late)} began before {EMA.policy.start} says: with start=0 the samples from "
+            "before would count too"
         )
-    return {"state": states, "param_groups": groups}, told
+    return converted, told
+
+
+def _is_sgd(group: Mapping[str, Any]) -> bool:
+    return "dampening" in group
+
+
+def _count(own: Mapping[str, Any], group: Mapping[str, Any], since: int) -> tuple[float, dict[str, Tensor]]:
+    """How many updates a parameter had, with the state entries that say so and that it lacks."""
+    if "step" in own:
+        steps, counts = float(own["step"]), {}
+    elif _is_sgd(group):
+        # torch's SGD counts nothing. At a step of 0 its momentum would be one that has not begun.
+        steps = since + 1.0
+        counts = {"step": _scalar(steps)}
+    elif own:
+        steps, counts = since + 1.0, {}
+    else:
+        steps, counts = 0.0, {"step": _scalar(0)}
+    # Around a base whose step is its own the wrapper counts by itself; which base it will be cannot be seen here. In
+    # a state that has nothing else the entry would only be in the way.
+    return steps, {**counts, EMA.policy.prefix + "step": _scalar(steps)} if own else counts
 
 
 def _named(
@@ -288,10 +298,13 @@ def _named(
         return [(name, None) for name in known]
     named: list[tuple[str, Tensor | None]] = []
     for given in parameters:
-        name, param = (given, None) if isinstance(given, str) else given if _is_pair(given) else (None, None)
-        if name is None:
-            raise ValueError(f"parameters must be pairs of a name and a parameter, or names, got {type(given)}")
-        named.append((name, param))
+        if isinstance(given, str):
+            named.append((given, None))
+        elif isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Tensor):
+            named.append(given)
+        else:
+            kind = type(given).__name__
+            raise TypeError(f"parameters must be pairs of a name and a parameter, or names, got a {kind}")
     for position, (own, (name, _)) in enumerate(zip(known, named, strict=False)):
         if own not in (None, name):
             raise ValueError(
@@ -299,10 +312,6 @@ def _named(
                 f"{own!r}"
             )
     return named
-
-
-def _is_pair(given: object) -> bool:
-    return isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str) and isinstance(given[1], Tensor)
 
 
 def _averages(state_dict: Mapping[str, Any], named: list[tuple[str, Tensor | None]]) -> dict[str, Tensor]:
@@ -317,7 +326,7 @@ def _averages(state_dict: Mapping[str, Any], named: list[tuple[str, Tensor | Non
                 f"parameters must have the averages' shapes: {name} is {tuple(param.shape)}, and its average "
                 f"{tuple(average.shape)}"
             )
-        made[name] = _in_compute_dtype(average)
+        made[name] = average
     return made
 
 
