@@ -42,10 +42,8 @@ def convert(
     - ``"AveragedModel"``: that of `torch.optim.swa_utils.AveragedModel`, merged with that of the optimizer which trains
       the model (see the example), for ``EMA(optimizer)``. `n_averaged` becomes `average_start`, so that
       `decay="uniform"` goes on with the right weight. It counts calls and knows nothing of steps. So convert right
-      after an update of the average, and merge in the state dict of the wrapper: its groups tell `every`, which
-      otherwise counts as 1, also in the result. Without the optimizer's state dict the base begins anew, and so do the
-      weights of a uniform mean; over a base that is not fused that does not work, as it takes the average for state
-      that it made itself. Averages of buffers do not go over.
+      after an update of the average, and merge in the state dict of the wrapper: its groups tell `every`. A state dict
+      of the base alone does not, and `every` is 1 then, also in the result. Averages of buffers do not go over.
 
     Args:
         state_dict: What the source's `state_dict()` returned; also after `torch.load(..., weights_only=True)`.
@@ -62,7 +60,7 @@ def convert(
         TypeError: `state_dict` is not a mapping, or `parameters` are neither pairs of a name and a parameter nor names.
         ValueError: `source` is unknown; the state dict is not that source's, or its optimizer was in eval mode; `r` or
             `weight_lr_power` is not a whole number; `parameters` is missing, or its names, their order or their shapes
-            do not fit.
+            do not fit; an averaged model's comes without that of an optimizer that has stepped.
 
     Example:
         >>> optimizer = EMA(torch.optim.AdamW(model.parameters(), lr=3e-4), decay="uniform", every=10)
@@ -208,49 +206,45 @@ _MODULE = "module."
 def _averaged_model(state_dict: Mapping[str, Any], parameters: Iterable[tuple[str, Tensor] | str] | None) -> _Converted:
     if "n_averaged" not in state_dict:
         raise ValueError("state_dict must be an AveragedModel's, got one without 'n_averaged'")
-    samples = int(state_dict["n_averaged"])
-    trains = "param_groups" in state_dict
-    if trains:
-        _check_optimizers(state_dict, "an AveragedModel's, alone or merged with an optimizer's")
-    named = _named(parameters, state_dict["param_groups"] if trains else [])
+    if not state_dict.keys() >= {"state", "param_groups"}:
+        raise ValueError(
+            "state_dict must have the optimizer's entries beside the averaged model's: "
+            "{**averaged_model.state_dict(), **optimizer.state_dict()}"
+        )
+    named = _named(parameters, state_dict["param_groups"])
     averages = _averages(state_dict, named)
-    groups: list[dict[str, Any]] = _groups(state_dict) if trains else [{"params": list(range(len(named)))}]
-    states = _states(state_dict) if trains else {}
+    groups, states = _groups(state_dict), _states(state_dict)
     members = [(group, key) for group in groups for key in group["params"]]
     if len(members) != len(named):
         raise ValueError(f"parameters must be the optimizer's {len(members)} parameters, got {len(named)}")
     converted = {"state": states, "param_groups": groups}
     told = _told_of_buffers(state_dict, averages)
+    samples = int(state_dict["n_averaged"])
     if samples == 0:
         return converted, [*told, "n_averaged is 0: there is no average to go on from"]
+    if not any(states.get(key) or _keeps_nothing(group) for group, key in members):
+        # A first step would begin the average anew.
+        raise ValueError("state_dict must hold the state of an optimizer that has stepped, got one without any")
 
-    for group in groups if trains else ():
-        group.setdefault(EMA.policy.every, 1)
-    has_begun = any(states.get(key) for _, key in members)
     new, shortened, late = [], [], []
     for (group, key), (name, param) in zip(members, named, strict=True):
         if not (averages[name].is_floating_point() or averages[name].is_complex()):
             continue
         own = states.get(key) or {}
-        # The first sample was the weights at the update with which the average began.
-        since = (samples - 1) * group.get(EMA.policy.every, 1)
-        if not own and has_begun and not _is_sgd(group):
+        # The first sample was the weights after the update with which the average began.
+        since = (samples - 1) * int(group.setdefault(EMA.policy.every, 1))
+        if not own and not _keeps_nothing(group):
             # It was never updated, and is its own average.
             if param is None or param.requires_grad:
                 new.append(name)
             continue
         steps, counts = _count(own, group, since)
         began = max(0.0, steps - since)
-        if own and steps < since:
+        if steps < since:
             shortened.append(name)
         if group.get(EMA.policy.start, 0) > began:
             late.append(name)
         states[key] = {**own, **counts, SLOW: _in_compute_dtype(averages[name]), START: _scalar(began)}
-    if not has_begun and not all(map(_is_sgd, groups)):
-        told.append(
-            "the state of the base optimizer is not there: its moments and its count of steps begin anew, and a "
-            f"uniform mean goes on as if n_averaged were 1, and not {samples}; merge in the optimizer's state dict"
-        )
     if new:
         told.append(f"{_listed(new)} had no gradient yet: their averages begin with their first step")
     if shortened:
@@ -266,25 +260,20 @@ def _averaged_model(state_dict: Mapping[str, Any], parameters: Iterable[tuple[st
     return converted, told
 
 
-def _is_sgd(group: Mapping[str, Any]) -> bool:
-    return "dampening" in group
+def _keeps_nothing(group: Mapping[str, Any]) -> bool:
+    """Whether the group is of torch's SGD without momentum."""
+    return "dampening" in group and group.get("momentum") == 0
 
 
 def _count(own: Mapping[str, Any], group: Mapping[str, Any], since: int) -> tuple[float, dict[str, Tensor]]:
     """How many updates a parameter had, with the state entries that say so and that it lacks."""
-    if "step" in own:
-        steps, counts = float(own["step"]), {}
-    elif _is_sgd(group):
+    steps = float(own["step"]) if "step" in own else since + 1.0
+    # Around a base whose step is its own the wrapper counts by itself, and which base it will be cannot be seen here.
+    counts = {EMA.policy.prefix + "step": _scalar(steps)}
+    if "step" not in own and "dampening" in group:
         # torch's SGD counts nothing. At a step of 0 its momentum would be one that has not begun.
-        steps = since + 1.0
-        counts = {"step": _scalar(steps)}
-    elif own:
-        steps, counts = since + 1.0, {}
-    else:
-        steps, counts = 0.0, {"step": _scalar(0)}
-    # Around a base whose step is its own the wrapper counts by itself; which base it will be cannot be seen here. In
-    # a state that has nothing else the entry would only be in the way.
-    return steps, {**counts, EMA.policy.prefix + "step": _scalar(steps)} if own else counts
+        counts["step"] = _scalar(steps)
+    return steps, counts
 
 
 def _named(
