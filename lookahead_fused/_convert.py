@@ -144,8 +144,17 @@ def _schedulefree(state_dict: Mapping[str, Any], _: object) -> _Converted:
             "weight_sum": _scalar(theirs["weight_sum"]),
             "lr_max": _scalar(theirs["lr_max"]),
         }
+        kept = ("z", "exp_avg_sq") if "betas" in theirs else ("z",)
         for key, own in known.items():
-            states[key] = {**{name: scalar.clone() for name, scalar in scalars.items()}, **_sequences(own, key, whose)}
+            lacking = [name for name in kept if not isinstance(own.get(name), Tensor)]
+            if lacking:
+                raise ValueError(f"state_dict must be {whose}, got a state of parameter {key} without {lacking[0]!r}")
+            made = {name: scalar.clone() for name, scalar in scalars.items()}
+            made.update((name, _in_compute_dtype(own[name])) for name in kept)
+            if "exp_avg_sq" in kept:
+                # At beta1 = 0 the first moment is the gradient, whatever it was before.
+                made["exp_avg"] = torch.zeros_like(made["exp_avg_sq"])
+            states[key] = made
         told += _told_of_schedule_free(theirs, where, [key for key in theirs["params"] if key not in known])
     return {"state": states, "param_groups": groups}, told
 
@@ -164,17 +173,6 @@ def _set_hyperparameters(theirs: Mapping[str, Any], group: dict[str, Any], where
         if value < 0 or not value.is_integer():
             raise ValueError(f"{name} of {where} must be a whole number >= 0, got {theirs[name]!r}")
         group[_SCHEDULE_FREE + name] = int(value)
-
-
-def _sequences(own: Mapping[str, Any], key: object, whose: str) -> dict[str, Tensor]:
-    """z, and for AdamW the moments. The first is the gradient itself at beta1 = 0, whatever it was before."""
-    if not isinstance(own.get("z"), Tensor):
-        raise ValueError(f"state_dict must be {whose}, got a state of parameter {key} without 'z'")
-    made = {"z": _in_compute_dtype(own["z"])}
-    if "exp_avg_sq" in own:
-        made["exp_avg_sq"] = _in_compute_dtype(own["exp_avg_sq"])
-        made["exp_avg"] = torch.zeros_like(made["exp_avg_sq"])
-    return made
 
 
 def _told_of_schedule_free(theirs: Mapping[str, Any], where: str, without_state: list[Any]) -> list[str]:
