@@ -75,7 +75,7 @@ class PublishedGpa:
 
 
 class ForeachGpa:
-    """GPA as a careful user of torch writes it: torch's fused AdamW steps z, between three interpolations of all tensors.
+    """GPA as a careful user of torch writes it: torch's fused AdamW steps z, between three foreach interpolations.
 
     Args:
         params: the parameters, which hold y.
