@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ._checkpoint import TORCH_SWITCHES
 from ._ema import EMA
-from ._rows import SLOW, START
 from ._tensors import compute_dtype
 
 # What a converter returns: the state dict, and what its user must be told.
@@ -143,6 +142,8 @@ def _schedulefree(state_dict: Mapping[str, Any], _: object) -> _Converted:
             "step": _scalar(theirs["k"]),
             "weight_sum": _scalar(theirs["weight_sum"]),
             "lr_max": _scalar(theirs["lr_max"]),
+            # Where y lies between z and x, by which x is recovered.
+            "y_interp": _scalar(group[_SCHEDULE_FREE + "interp"]),
         }
         kept = ("z", "exp_avg_sq") if "betas" in theirs else ("z",)
         for key, own in known.items():
@@ -242,7 +243,8 @@ def _averaged_model(state_dict: Mapping[str, Any], parameters: Iterable[tuple[st
             shortened.append(name)
         if group.get(EMA.policy.start, 0) > began:
             late.append(name)
-        states[key] = {**own, **counts, SLOW: _in_compute_dtype(averages[name]), START: _scalar(began)}
+        average = _in_compute_dtype(averages[name])
+        states[key] = {**own, **counts, "slow_param": average, "average_start": _scalar(began)}
     if new:
         told.append(f"{_listed(new)} had no gradient yet: their averages begin with their first step")
     if shortened:

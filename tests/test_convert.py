@@ -375,15 +375,16 @@ def test_what_a_schedule_free_run_becomes(rule: str, changes: dict[str, Any]) ->
     assert {type(settings["r"]), type(settings["weight_lr_power"])} == {int}
     if rule == "adamw":
         assert (group["betas"], group["eps"]) == ((0.0, 0.95), 1e-4)
-        names = {"step", "z", "weight_sum", "lr_max", "exp_avg", "exp_avg_sq"}
+        names = {"step", "z", "weight_sum", "lr_max", "y_interp", "exp_avg", "exp_avg_sq"}
     else:
         assert (group["momentum"], group["dampening"], group["nesterov"]) == (0, 0, False)
-        names = {"step", "z", "weight_sum", "lr_max"}
+        names = {"step", "z", "weight_sum", "lr_max", "y_interp"}
     assert not {"k", "train_mode", "warmup_steps", "scheduled_lr", "foreach", "r", "weight_sum"} & group.keys()
     for p, own in zip(params, converted["state"].values(), strict=True):
         assert own.keys() == names
         assert own["step"].item() == CUT
-        for name in ("step", "weight_sum", "lr_max"):
+        assert own["y_interp"].item() == settings["interp"]
+        for name in ("step", "weight_sum", "lr_max", "y_interp"):
             assert (own[name].dtype, own[name].dim()) == (torch.float64, 0)
         assert torch.equal(own["z"], theirs.state[p]["z"])
     continued = [
