@@ -20,6 +20,7 @@ _import_error: Exception | None = None
 try:
     from . import _build as build
     from ._averaging import GPA, ScheduleFree
+    from ._convert import convert
     from ._ema import EMA
     from ._lookahead import Lookahead
     from ._optimizers import (
@@ -53,6 +54,7 @@ try:
         LookaheadRMSprop,
         LookaheadSGD,
         ScheduleFree,
+        convert,
     ):
         _public.__module__ = __name__
 except Exception as error:  # a torch whose libraries do not load raises an OSError
@@ -76,4 +78,5 @@ __all__ = [
     "ScheduleFree",
     "__version__",
     "backends",
+    "convert",
 ]

@@ -241,9 +241,7 @@ class Ema(Policy):
 
     @property
     def arguments(self) -> tuple[Argument, ...]:
-        decay = _Decay(
-            f"a float in [0, 1] or {UNIFORM!r}", at_least=0.0, at_most=1.0, binds=True
-        )
+        decay = _Decay(f"a float in [0, 1] or {UNIFORM!r}", at_least=0.0, at_most=1.0, binds=True)
         every = Number("an int >= 1", at_least=1, whole=True, binds=True)
         start = Number("an int >= 0", at_least=0, whole=True, binds=True)
         return (
@@ -265,9 +263,7 @@ class Ema(Policy):
         return int(group[self.start] + group[self.every])
 
 
-_INTERPOLATION = NumberOrTensor(
-    "a float in (0, 1]", at_least=ABOVE_ZERO, at_most=1.0, binds=True
-)
+_INTERPOLATION = NumberOrTensor("a float in (0, 1]", at_least=ABOVE_ZERO, at_most=1.0, binds=True)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ The average's opponents are torch's fused step with one foreach interpolation of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -65,33 +66,34 @@ def ema(case: str, device: Device, effort: Effort) -> Report:
     listed = parameters.CASES[case]
     params = parameters.make(listed, device=device.name)
     sides = [
-        Side(OURS, EMA(_adamw(params), DECAY).step),
-        Side(FOREACH_EMA, ForeachAverage(_adamw(parameters.twin(params), fused=True)).step),
-        Side(AVERAGED_MODEL, TorchAverage(_adamw(parameters.twin(params), fused=True)).step),
-        Side(PLAIN, _adamw(parameters.twin(params), fused=True).step),
+        Side(OURS, EMA(adamw(params), DECAY).step),
+        Side(FOREACH_EMA, ForeachAverage(adamw(parameters.twin(params), fused=True)).step),
+        Side(AVERAGED_MODEL, TorchAverage(adamw(parameters.twin(params), fused=True)).step),
+        Side(PLAIN, adamw(parameters.twin(params), fused=True).step),
     ]
     targets = {FOREACH_EMA: 1.3, PLAIN: 0.85}
-    return _report(f"EMA of every step, {listed}, fp32, AdamW", sides, 1, targets, listed.elements, device, effort)
+    return report(f"EMA of every step, {listed}, fp32, AdamW", sides, 1, targets, listed.elements, device, effort)
 
 
 def outer_momentum(case: str, device: Device, effort: Effort) -> Report:
     """Outer momentum (SNOO) with k = 30, against torch's fused step with no slow weights at all."""
     listed = parameters.CASES[case]
     params = parameters.make(listed, device=device.name)
-    ours: Steps = Lookahead(_adamw(params), **OUTER)
+    ours: Steps = Lookahead(adamw(params), **OUTER)
     plain = opponents.OPPONENTS[PLAIN].make(
         replace(Setting(), device=device.name), parameters.groups(parameters.twin(params), "one")
     )
     sides = [Side(OURS, ours.step), Side(PLAIN, plain.step)]
     title = f"outer momentum, {listed}, fp32, AdamW, k={OUTER['k']}"
-    return _report(title, sides, OUTER["k"], {PLAIN: 1.0}, listed.elements, device, effort)
+    return report(title, sides, OUTER["k"], {PLAIN: 1.0}, listed.elements, device, effort)
 
 
-def _adamw(params: list[torch.Tensor], **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, **HYPERPARAMETERS["adamw"], **options)
+def adamw(params: Sequence[torch.Tensor], **options: Any) -> torch.optim.Optimizer:
+    """Torch's AdamW with the benchmarks' hyperparameters, or with others in `options`."""
+    return torch.optim.AdamW(list(params), **{**HYPERPARAMETERS["adamw"], **options})
 
 
-def _report(
+def report(
     title: str,
     sides: list[Side],
     period: int,
@@ -100,6 +102,17 @@ def _report(
     device: Device,
     effort: Effort,
 ) -> Report:
+    """The first side against each of the others.
+
+    Args:
+        title: what is compared.
+        sides: ours comes first.
+        period: steps after which the work repeats.
+        targets: what the ratio to a side must reach, on a CPU.
+        elements: of all parameters.
+        device: where.
+        effort: how much time it may take.
+    """
     turns = schedule(elements, period, effort.of(8), effort.budget)
     samples = device.interleave(sides, turns)
     figures = [

@@ -18,6 +18,7 @@ from bench.harness.figures import Report
 from bench.harness.measure import Effort
 from bench.harness.processes import apart
 from bench.suites import growth, memory
+from bench.suites.averaging import AVERAGING
 from bench.suites.family import FAMILY
 from bench.suites.steps import COMPARISONS, Comparison, compare
 from bench.suites.syncs import SYNCS
@@ -30,6 +31,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     **{name: partial(compare, comparison) for name, comparison in COMPARISONS.items()},
     **SYNCS,
     **FAMILY,
+    **AVERAGING,
     "host-tensors": growth.host_tensors,
     "host-groups": growth.host_groups,
     "host-alone": growth.host_alone,
@@ -43,7 +45,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 # Those with figures that have targets on a CPU.
 TARGETED = (
     *(name for name, comparison in COMPARISONS.items() if comparison.targets),
-    *SYNCS, *FAMILY, "host-tensors", "host-groups", "memory",
+    *SYNCS, *FAMILY, *AVERAGING, "host-tensors", "host-groups", "memory",
 )  # fmt: skip
 
 
