@@ -10,21 +10,44 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
+from torch.optim import AdamW, NAdam
 
 from bench import cuda_on_host
 from bench.cases import opponents, parameters
 from bench.cases.opponents import Setting
 from bench.harness.figures import Unavailable
 from bench.harness.memory import allocated_bytes, state_bytes
+from lookahead_fused import (
+    EMA,
+    GPA,
+    Lion,
+    Lookahead,
+    LookaheadLion,
+    LookaheadRAdam,
+    LookaheadRMSprop,
+    ScheduleFree,
+)
 from lookahead_fused.backends import BACKENDS
 
+# The rest of the family in fp32, each with its events in steps of even number: what a step moves, and what is kept.
+FAMILY: dict[str, Callable[[list[torch.nn.Parameter], str], Any]] = {
+    "outer momentum": lambda params, backend: Lookahead(AdamW(params), k=2, outer_momentum=0.5, backend=backend),
+    "ema": lambda params, backend: EMA(AdamW(params), every=2, backend=backend),
+    "gpa": lambda params, backend: GPA(AdamW(params), backend=backend),
+    "schedule-free": lambda params, backend: ScheduleFree(AdamW(params), backend=backend),
+    "gpa, base of its own": lambda params, backend: GPA(NAdam(params), backend=backend),
+    "radam": lambda params, backend: LookaheadRAdam(params, k=2, backend=backend),
+    "rmsprop": lambda params, backend: LookaheadRMSprop(params, k=2, backend=backend),
+    "lion": lambda params, backend: LookaheadLion(params, k=2, backend=backend),
+    "lion alone": lambda params, backend: Lion(params, backend=backend),
+}
 SETTINGS = [Setting(rule, dtype, k=2) for rule in ("adamw", "adam", "sgd") for dtype in opponents.DTYPE_TITLES]
 # A few chunks and a tail, in two tensors.
 COUNTED = parameters.Case("", ((150, 200), (4099,)))
@@ -68,19 +91,26 @@ def traffic_counts() -> dict[str, float]:
     with stand_in() as library:
         for setting in SETTINGS:
             params = parameters.make(COUNTED, dtype=setting.param_dtype)
-            optimizer = _make(setting, params)
-            optimizer.step()
-            for due in (True, False):
-                library.control_reset()
-                arrays = [t for p in params for t in (p, p.grad, *optimizer.state[p].values()) if t.dim() > 0]
-                for array in arrays:
-                    size = array.numel() * array.element_size()
-                    library.control_watch(ctypes.c_void_p(array.data_ptr()), ctypes.c_int64(size))
-                optimizer.step()
-                moved = sum(library.control_read(i) + library.control_written(i) for i in range(len(arrays)))
-                name = f"bytes per parameter, {setting.rule}, {setting.dtype}{', in a sync' if due else ''}"
-                found[name] = moved / COUNTED.elements
-                found[f"accesses elsewhere, {setting.rule}, {setting.dtype}"] = library.control_elsewhere()
+            found |= _traffic(library, f"{setting.rule}, {setting.dtype}", _make(setting, params), params)
+        for name, make in FAMILY.items():
+            params = parameters.make(COUNTED)
+            found |= _traffic(library, name, make(params, cuda_on_host.NAME), params)
+    return found
+
+
+def _traffic(library: ctypes.CDLL, name: str, optimizer: Any, params: list[torch.nn.Parameter]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    optimizer.step()
+    for due in (True, False):
+        library.control_reset()
+        arrays = [t for p in params for t in (p, p.grad, *optimizer.state[p].values()) if t.dim() > 0]
+        for array in arrays:
+            size = array.numel() * array.element_size()
+            library.control_watch(ctypes.c_void_p(array.data_ptr()), ctypes.c_int64(size))
+        optimizer.step()
+        moved = sum(library.control_read(i) + library.control_written(i) for i in range(len(arrays)))
+        found[f"bytes per parameter, {name}{', in a sync' if due else ''}"] = moved / COUNTED.elements
+        found[f"accesses elsewhere, {name}"] = library.control_elsewhere()
     return found
 
 
@@ -131,4 +161,11 @@ def memory_counts() -> dict[str, float]:
         kept = state_bytes(optimizer, params) - 8 * case.tensors
         found[f"state bytes per parameter, {name}"] = kept / case.elements
         found[f"bytes allocated by torch in a period, {name}"] = allocated_bytes(period)
+    for name, make in FAMILY.items():
+        params = parameters.make(case)
+        optimizer = make(params, "cpu")
+        for _ in range(2):
+            optimizer.step()
+        numbers = sum(t.nbytes for p in params for t in optimizer.state[p].values() if t.dim() == 0)
+        found[f"state bytes per parameter, {name}"] = (state_bytes(optimizer, params) - numbers) / case.elements
     return found
