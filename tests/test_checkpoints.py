@@ -392,5 +392,5 @@ def test_a_class_of_another_name_is_nobodys_business() -> None:
     base = torch.optim.AdamW(make_params([(3,)]))
     before = set(base.param_groups[0])
     wrapper = lookahead_fused.Lookahead(base)
-    ours = {f"lookahead_{name}" for name in (*LOOKAHEAD_ARGUMENTS, "backend")}
+    ours = {f"lookahead_{name}" for name in (*LOOKAHEAD_ARGUMENTS, "master_weights", "backend")}
     assert set(wrapper.state_dict()["param_groups"][0]) == before | ours
