@@ -133,7 +133,7 @@ def ptx_text(module: Path) -> str:
 def _short(mangled: str) -> str:
     """chunks<Adam, Lookahead, BFloat16, float>, of the mangled name."""
     letters = {"f": "float", "d": "double"}
-    names = re.search(r"(rows|chunks)INS0_\d+([A-Z][a-zA-Z]+?)E(.*?)EEvNS_6LaunchE", mangled)
+    names = re.search(r"(rows|chunks|averaged)INS0_\d+([A-Z][a-zA-Z]+?)E(.*?)EEvNS_6LaunchE", mangled)
     if names is None:
         return mangled
     rest = re.findall(r"NS0?_\d+(\w+?)E|(S\d?_)|([fd])", names[3])

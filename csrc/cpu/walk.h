@@ -30,7 +30,7 @@ struct Walk {
     struct Arrays {
         P* param;
         const G* grad;
-        T* state[STATE_END<Rule>];  // by Column, from STATE on
+        StateArrays<Rule, T> state;
     };
 
     static LF_HD Arrays arrays(const Step& step, const Row& row, int64_t offset) {
@@ -61,7 +61,7 @@ struct Walk {
             if (at.state[MOMENT + m] != nullptr) moment[m] = load(at.state[MOMENT + m]);
         }
         V start = p, x{};
-        if (step.slow.averages) {
+        if (step.slow.kind == AVERAGING) {
             // Of another optimizer's step z is where theta was put for it, and x is kept.
             if (at.state[COMPANION] != nullptr) x = load(at.state[COMPANION]);
             if constexpr (Rule::reads_gradient) {
@@ -73,7 +73,7 @@ struct Walk {
         V g{};
         if constexpr (Rule::reads_gradient) g = load(at.grad);
         Rule::update(step.rule, p, g, moment);
-        if (step.slow.averages) {
+        if (step.slow.kind == AVERAGING) {
             store(at.state[SLOW], p);
             const V z = p;
             step.slow.averaged(p, z, x);
@@ -157,7 +157,8 @@ struct Walk {
             if (row.group != group || !(counts == last)) {
                 group = row.group;
                 last = counts;
-                after = prepare(table.policy, table.groups[group], counts, arguments, out[made++]);
+                prepare(table.policy, table.groups[group], counts, arguments, out[made++],
+                        [&](const PolicyNumbers& numbers) { after = numbers; });
             }
             step_of_row[i] = made - 1;
             if (arguments.pass == Pass::STEP) advance(row, after);

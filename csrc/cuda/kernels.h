@@ -34,7 +34,7 @@ struct Kernel {
     cudaError_t (*launch_rows)(const Launch& launch, unsigned blocks, cudaStream_t stream);
     // Updates the elements of every chunk.
     cudaError_t (*launch_chunks)(const Launch& launch, unsigned blocks, cudaStream_t stream);
-    // Brings both kernels onto the current device, which otherwise happens in the first launch.
+    // Brings the kernels onto the current device, which otherwise happens in the first launch.
     cudaError_t (*load)();
 };
 

@@ -36,7 +36,7 @@ struct Walk {
     struct Arrays {
         P* param;
         const G* grad;
-        T* state[STATE_END<Rule>];  // by Column, from STATE on
+        StateArrays<Rule, T> state;
     };
 
     template <class M>
@@ -175,26 +175,32 @@ struct Walk {
         }
     }
 
+    // Where the weights are in the compute type: a parameter that is kept in fewer bits has a master here.
+    static __device__ T* kept_weights(const Arrays& at) {
+        if constexpr (NARROW) {
+            return at.state[MASTER];
+        } else {
+            return at.param;
+        }
+    }
+
     // What a thread takes at a time of a row whose policy averages: 16 bytes of what is kept in the compute type. In
     // fp64 8 bytes: with x beside three moments two elements would not fit the registers.
     static constexpr int AVERAGED = sizeof(T) > sizeof(float) ? 1 : 16 / sizeof(T);
 
-    // The N elements from i on of such a row. A path of its own: x is held over the rule, and in the path above it
-    // would take registers from every policy's step. Parameters that are kept in fewer bits have a master here.
+    // The N elements from i on of such a row, by a kernel of their own: x is held over the rule, and in the path above
+    // it would take registers from every policy's step.
     template <int N>
     static __device__ __forceinline__ void averaged_elements(const Step& step, const Arrays& at, int i) {
-        T* const master = at.state[MASTER];
+        T* const y = kept_weights(at);
         Pack<G, N> grad{};
         if constexpr (Rule::reads_gradient) load<Reuse::NEXT_STEP>(grad, at.grad + i);
         Pack<T, N> p, x{}, moment[MOMENTS] = {};
-        if constexpr (!NARROW) {
-            load<Reuse::SOON>(p, at.param + i);
-        } else {
-            load<Reuse::NEXT_STEP>(p, master + i);
-        }
+        load<Reuse::SOON>(p, y + i);
         if constexpr (Rule::reads_gradient) {
-            Pack<T, N> z = p;
-            if (!step.slow.capture) load<Reuse::NEXT_STEP>(z, at.state[SLOW] + i);
+            // By an address and not by a copy of y, which would wait for it before all is under way.
+            Pack<T, N> z;
+            load<Reuse::NEXT_STEP>(z, (step.slow.capture ? y : at.state[SLOW]) + i);
             load_moments(at, i, moment);
             for (int j = 0; j < N; ++j) {
                 x.element[j] = step.slow.average(p.element[j], z.element[j]);
@@ -221,10 +227,8 @@ struct Walk {
             step.slow.averaged(p.element[j], z, x.element[j]);
         }
         if constexpr (!Rule::reads_gradient) store<Reuse::NEXT_STEP>(at.state[COMPANION] + i, x);
-        if constexpr (!NARROW) {
-            store<Reuse::SOON>(at.param + i, p);
-        } else {
-            store<Reuse::NEXT_STEP>(master + i, p);
+        store<Reuse::SOON>(y + i, p);
+        if constexpr (NARROW) {
             Pack<P, N> param;
             for (int j = 0; j < N; ++j) narrow(p.element[j], param.element[j]);
             store<Reuse::SOON>(at.param + i, param);
@@ -237,9 +241,10 @@ __global__ void __launch_bounds__(ROW_THREADS) rows(Launch launch) {
     const int64_t i = static_cast<int64_t>(blockIdx.x) * ROW_THREADS + threadIdx.x;
     if (i >= launch.row_count || launch.gradients[i] == nullptr || skips_step(launch.arguments)) return;
     const Row& row = launch.rows[i];
-    const PolicyNumbers after = prepare(launch.policy, launch.groups[row.group], RowCounts::of(row), launch.arguments,
-                                        static_cast<RowStep<Rule, T>*>(launch.steps)[i]);
-    if (launch.arguments.pass == Pass::STEP) advance(row, after);
+    prepare(launch.policy, launch.groups[row.group], RowCounts::of(row), launch.arguments,
+            static_cast<RowStep<Rule, T>*>(launch.steps)[i], [&](const PolicyNumbers& after) {
+                if (launch.arguments.pass == Pass::STEP) advance(row, after);
+            });
 }
 
 // Four blocks, 1024 threads, are resident on a multiprocessor: enough loads in flight to keep the memory busy.
@@ -260,19 +265,6 @@ __global__ void __launch_bounds__(CHUNK_THREADS, 1024 / CHUNK_THREADS) chunks(La
     __syncthreads();
     if (!Rule::reads_gradient && !step.slow.due) return;
 
-    if (step.slow.averages) {
-        const int whole = Walk::AVERAGED > 1 && Walk::aligned(at) ? chunk.count / Walk::AVERAGED * Walk::AVERAGED : 0;
-#pragma unroll 1
-        for (int i = static_cast<int>(threadIdx.x) * Walk::AVERAGED; i < whole; i += CHUNK_THREADS * Walk::AVERAGED) {
-            Walk::template averaged_elements<Walk::AVERAGED>(step, at, i);
-        }
-#pragma unroll 1
-        for (int i = whole + static_cast<int>(threadIdx.x); i < chunk.count; i += CHUNK_THREADS) {
-            Walk::template averaged_elements<1>(step, at, i);
-        }
-        return;
-    }
-
     const int vectored = Walk::VECTOR > 1 && Walk::aligned(at) ? chunk.count / Walk::WHOLE * Walk::WHOLE : 0;
     const int thread = static_cast<int>(threadIdx.x);
     // Not unrolled: that costs registers, and what is resident elsewhere on the multiprocessor hides the latency.
@@ -282,6 +274,34 @@ __global__ void __launch_bounds__(CHUNK_THREADS, 1024 / CHUNK_THREADS) chunks(La
     }
 #pragma unroll 1
     for (int i = vectored + thread; i < chunk.count; i += CHUNK_THREADS) Walk::template elements<1>(step, at, i);
+}
+
+// The same for a policy that averages.
+template <class Rule, class P, class G>
+__global__ void __launch_bounds__(CHUNK_THREADS, 1024 / CHUNK_THREADS) averaged(Launch launch) {
+    using Walk = Walk<Rule, P, G>;
+    const Chunk chunk = launch.chunks[blockIdx.x];
+    void* const gradient = launch.gradients[chunk.row];
+    if (gradient == nullptr || skips_step(launch.arguments)) return;
+
+    // In shared memory and not in each thread's registers, which it would fill by half.
+    __shared__ typename Walk::Step step;
+    __shared__ typename Walk::Arrays at;
+    if (threadIdx.x == 0) {
+        step = static_cast<const typename Walk::Step*>(launch.steps)[chunk.row];
+        at = Walk::arrays(step, launch.rows[chunk.row], gradient, chunk.offset);
+    }
+    __syncthreads();
+
+    constexpr int N = Walk::AVERAGED;
+    const int whole = N > 1 && Walk::aligned(at) ? chunk.count / N * N : 0;
+    const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll 1
+    for (int i = thread * N; i < whole; i += CHUNK_THREADS * N) Walk::template averaged_elements<N>(step, at, i);
+#pragma unroll 1
+    for (int i = whole + thread; i < chunk.count; i += CHUNK_THREADS) {
+        Walk::template averaged_elements<1>(step, at, i);
+    }
 }
 
 template <class... Arguments>
@@ -307,12 +327,14 @@ const Kernel* kernel() {
             return launch(&rows<Rule, T>, blocks, ROW_THREADS, stream, arguments);
         },
         [](const Launch& arguments, unsigned blocks, cudaStream_t stream) {
-            return launch(&chunks<Rule, P, G>, blocks, CHUNK_THREADS, stream, arguments);
+            const auto walk = averages(Policies{}, arguments.policy) ? &averaged<Rule, P, G> : &chunks<Rule, P, G>;
+            return launch(walk, blocks, CHUNK_THREADS, stream, arguments);
         },
         [] {
             cudaFuncAttributes attributes;
-            const cudaError_t error = cudaFuncGetAttributes(&attributes, &rows<Rule, T>);
-            return error != cudaSuccess ? error : cudaFuncGetAttributes(&attributes, &chunks<Rule, P, G>);
+            cudaError_t error = cudaFuncGetAttributes(&attributes, &rows<Rule, T>);
+            if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, &chunks<Rule, P, G>);
+            return error != cudaSuccess ? error : cudaFuncGetAttributes(&attributes, &averaged<Rule, P, G>);
         }};
     return &kernel;
 }

@@ -44,8 +44,8 @@ py::dict layout() {
     at["CHUNK_COUNT"] = offsetof(Chunk, count);
     at["PULLBACK_KEEP"] = static_cast<int>(Pullback::KEEP);
     at["PULLBACK_INTERPOLATE"] = static_cast<int>(Pullback::INTERPOLATE);
-    at["CLASSICAL"] = static_cast<int>(OuterMomentum::CLASSICAL);
-    at["NESTEROV"] = static_cast<int>(OuterMomentum::NESTEROV);
+    at["CLASSICAL"] = static_cast<int>(Kind::CLASSICAL);
+    at["NESTEROV"] = static_cast<int>(Kind::NESTEROV);
     at["EMA_UNIFORM"] = Ema::UNIFORM;
     at["PULLBACK_RESET"] = static_cast<int>(Pullback::RESET);
     return at;

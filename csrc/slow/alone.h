@@ -8,12 +8,13 @@ inline namespace LF_ISA {
 
 struct Alone {
     static constexpr const char* name = "alone";
+    static constexpr bool averages = false;
 
     enum Hyper { HYPERS };
     static constexpr const char* const* hyper_names = nullptr;
 
-    template <class T>
-    LF_HD static SlowStep<T> prepare(const double*, const PolicyInputs&, PolicyNumbers&) {
+    template <class T, class Hypers>
+    LF_HD static SlowStep<T> prepare(const Hypers&, const PolicyInputs&, PolicyNumbers&) {
         return {};
     }
 };

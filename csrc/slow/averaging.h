@@ -20,7 +20,7 @@ LF_HD SlowStep<T> averaging(double train_interp, double eval_interp, const Polic
     c.due = at.event == Event::BY_COUNT;
     c.capture = at.captures;
     c.restarts = 1;
-    c.averages = 1;
+    c.kind = AVERAGING;
     // In the first step x, y and z are one.
     c.recovery = static_cast<T>(own.y_interp > 0 ? (1.0 - own.y_interp) / own.y_interp : 0.0);
     c.eval_interp = static_cast<T>(eval_interp);
@@ -31,24 +31,26 @@ LF_HD SlowStep<T> averaging(double train_interp, double eval_interp, const Polic
 
 struct Gpa {
     static constexpr const char* name = "gpa";
+    static constexpr bool averages = true;
 
     enum Hyper { TRAIN_INTERP, EVAL_INTERP, HYPERS };
     static constexpr const char* hyper_names[HYPERS] = {"train_interp", "eval_interp"};
 
-    template <class T>
-    LF_HD static SlowStep<T> prepare(const double* hyper, const PolicyInputs& at, PolicyNumbers& own) {
+    template <class T, class Hypers>
+    LF_HD static SlowStep<T> prepare(const Hypers& hyper, const PolicyInputs& at, PolicyNumbers& own) {
         return averaging<T>(hyper[TRAIN_INTERP], hyper[EVAL_INTERP], at, own);
     }
 };
 
 struct ScheduleFree {
     static constexpr const char* name = "schedule_free";
+    static constexpr bool averages = true;
 
     enum Hyper { INTERP, R, WEIGHT_LR_POWER, HYPERS };
     static constexpr const char* hyper_names[HYPERS] = {"interp", "r", "weight_lr_power"};
 
-    template <class T>
-    LF_HD static SlowStep<T> prepare(const double* hyper, const PolicyInputs& at, PolicyNumbers& own) {
+    template <class T, class Hypers>
+    LF_HD static SlowStep<T> prepare(const Hypers& hyper, const PolicyInputs& at, PolicyNumbers& own) {
         own.lr_max = own.lr_max < at.lr ? at.lr : own.lr_max;
         const double weight = power(static_cast<double>(at.step), static_cast<int64_t>(hyper[R])) *
                               power(own.lr_max, static_cast<int64_t>(hyper[WEIGHT_LR_POWER]));

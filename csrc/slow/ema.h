@@ -13,6 +13,7 @@ inline namespace LF_ISA {
 
 struct Ema {
     static constexpr const char* name = "ema";
+    static constexpr bool averages = false;
 
     enum Hyper { DECAY, EVERY, START, WARMUP, HYPERS };
     static constexpr const char* hyper_names[HYPERS] = {"decay", "every", "start", "warmup"};
@@ -20,8 +21,8 @@ struct Ema {
     // A decay that stands for the uniform mean.
     static constexpr double UNIFORM = -1.0;
 
-    template <class T>
-    LF_HD static SlowStep<T> prepare(const double* hyper, const PolicyInputs& at, PolicyNumbers& own) {
+    template <class T, class Hypers>
+    LF_HD static SlowStep<T> prepare(const Hypers& hyper, const PolicyInputs& at, PolicyNumbers& own) {
         SlowStep<T> c{};
         const int64_t start = static_cast<int64_t>(hyper[START]), every = static_cast<int64_t>(hyper[EVERY]);
         const int64_t made_after = static_cast<int64_t>(own.average_start);

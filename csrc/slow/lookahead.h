@@ -11,13 +11,14 @@ inline namespace LF_ISA {
 
 struct Lookahead {
     static constexpr const char* name = "lookahead";
+    static constexpr bool averages = false;
 
     enum Hyper { K, ALPHA, PULLBACK_MOMENTUM, OUTER_MOMENTUM, OUTER_NESTEROV, HYPERS };
     static constexpr const char* hyper_names[HYPERS] = {"k", "alpha", "pullback_momentum", "outer_momentum",
                                                         "outer_nesterov"};
 
-    template <class T>
-    LF_HD static SlowStep<T> prepare(const double* hyper, const PolicyInputs& at, PolicyNumbers&) {
+    template <class T, class Hypers>
+    LF_HD static SlowStep<T> prepare(const Hypers& hyper, const PolicyInputs& at, PolicyNumbers&) {
         SlowStep<T> c{};
         // No count of updates reaches 2^53, which stands for every longer period.
         const bool by_count = at.event == Event::BY_COUNT && at.step % static_cast<int64_t>(hyper[K]) == 0;
@@ -28,7 +29,7 @@ struct Lookahead {
         c.weight = Lerp<T>::with(hyper[ALPHA] < 1.0 ? hyper[ALPHA] : 1.0);
         c.pullback = static_cast<int32_t>(hyper[PULLBACK_MOMENTUM]);
         c.acts_on_moment = c.pullback != KEEP;
-        if (hyper[OUTER_MOMENTUM] != 0) c.outer = hyper[OUTER_NESTEROV] != 0 ? NESTEROV : CLASSICAL;
+        if (hyper[OUTER_MOMENTUM] != 0) c.kind = hyper[OUTER_NESTEROV] != 0 ? NESTEROV : CLASSICAL;
         c.outer_alpha = static_cast<T>(hyper[ALPHA]);
         c.outer_momentum = static_cast<T>(hyper[OUTER_MOMENTUM]);
         return c;

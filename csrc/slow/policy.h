@@ -3,6 +3,7 @@
 //
 // A policy is a struct of static members:
 //   name
+//   averages                whether it does at every step what `SlowStep::averaged` does, and nothing else
 //   Hyper, hyper_names      its hyperparameters, in the order in which Python writes them into a Group
 //   prepare<T>(hyper, at, own)  decides a parameter's SlowStep, in fp64, and the numbers that it keeps for the
 //                           parameter: `own` is what they were, and becomes what they are after this step
@@ -46,23 +47,32 @@ struct PolicyNumbers {
 // What becomes of the rule's first moment at an event: it is kept, interpolated like the weights, or reset.
 enum Pullback : int32_t { KEEP, INTERPOLATE, RESET };
 
-// The momentum of the slow weights: none, the classical one, or in Nesterov's form.
-enum OuterMomentum : int32_t { NO_MOMENTUM, CLASSICAL, NESTEROV };
+// Slow weights without a momentum of their own, with the classical one, or with Nesterov's; or theta lies between a
+// sequence z, which the rule steps, and an average x of it, at every step.
+enum Kind : int32_t { NO_MOMENTUM, CLASSICAL, NESTEROV, AVERAGING };
 
+// Plain data of one form for all policies. What one kind of policy has shares its place with what another has: a field
+// more, and kernels for GPUs no longer fit their registers.
 template <class T>
 struct SlowStep {
     int32_t due;             // there is an event: the slow columns are read and written
     int32_t capture;         // the slow weights start in this step, at theta as the step found it
     int32_t acts_on_moment;  // an event changes the rule's first moment
     int32_t restarts;        // after an event theta goes on from the slow weights
-    Lerp<T> weight;          // of theta in the slow weights, and of the first moment in its cached copy
+    union {
+        Lerp<T> weight;  // of theta in the slow weights, and of the first moment in its cached copy
+        T train_interp;  // of x in theta
+    };
     int32_t pullback;
-    int32_t outer;  // momentum of the slow weights
-    T outer_alpha, outer_momentum;
-    // Theta lies between a sequence z, which the rule steps, and an average x: at every step, and nothing else above.
-    int32_t averages;
-    T recovery;                   // x = y + recovery (y - z), as the last step left y
-    T eval_interp, train_interp;  // of x in the next x, and of that in theta
+    int32_t kind;
+    union {
+        T outer_alpha;
+        T recovery;  // x = y + recovery (y - z), as the last step left y
+    };
+    union {
+        T outer_momentum;
+        T eval_interp;  // of x in the next x
+    };
 
     // Where x is from where theta is.
     template <class V>
@@ -80,10 +90,10 @@ struct SlowStep {
     // buffer is the momentum of the slow weights.
     template <class V>
     LF_HD void weights(V& p, V& slow, V& buffer) const {
-        if (outer != NO_MOMENTUM) {
+        if (kind != NO_MOMENTUM) {
             const V difference = slow - p;
             buffer = outer_momentum * buffer + difference;
-            slow = slow - outer_alpha * (outer == NESTEROV ? difference + outer_momentum * buffer : buffer);
+            slow = slow - outer_alpha * (kind == NESTEROV ? difference + outer_momentum * buffer : buffer);
             // It goes with a restart: to ask would keep theta in registers that a GPU does not have.
             p = slow;
         } else {

@@ -20,6 +20,14 @@ struct RowStep {
 template <class Rule>
 constexpr int STATE_END = MOMENT + static_cast<int>(Rule::MOMENTS);
 
+// A chunk's own part of these, by Column.
+template <class Rule, class T>
+struct StateArrays {
+    T* at[STATE_END<Rule> - STATE];
+    LF_HD T*& operator[](int column) { return at[column - STATE]; }
+    LF_HD T* operator[](int column) const { return at[column - STATE]; }
+};
+
 // With an overflow among the gradients nothing at all changes, not even a counter.
 LF_HD bool skips_step(const StepArguments& arguments) {
     return arguments.found_inf != nullptr && *arguments.found_inf != 0.0f;
@@ -36,6 +44,12 @@ LF_HD double number_in(const Group& group, int slot) {
     }
     return slot < MAX_RULE_HYPERS ? group.rule[slot] : group.policy[slot - MAX_RULE_HYPERS];
 }
+
+// A policy's hyperparameters, each looked up where it is asked for.
+struct PolicyHypers {
+    const Group& group;
+    LF_HD double operator[](int i) const { return number_in(group, MAX_RULE_HYPERS + i); }
+};
 
 // What decides the coefficients of a row's next update, besides its group.
 struct RowCounts {
@@ -69,14 +83,12 @@ LF_HD void advance(const Row& row, const PolicyNumbers& after) {
     write(LR_MAX, after.lr_max);
 }
 
-// The coefficients of a row's next update, and what it leaves of the policy's numbers. The policy's are written before
-// the rule's are made: a GPU's registers do not hold both.
-template <class Rule, class T>
-LF_HD PolicyNumbers prepare(int32_t policy, const Group& group, const RowCounts& counts, const StepArguments& arguments,
-                            RowStep<Rule, T>& to) {
+// The coefficients of a row's next update. keep(numbers) is told what it leaves of the policy's, which like the
+// policy's coefficients are out of the way before the rule's are made: a GPU's registers do not hold both.
+template <class Rule, class T, class Keep>
+LF_HD void prepare(int32_t policy, const Group& group, const RowCounts& counts, const StepArguments& arguments,
+                   RowStep<Rule, T>& to, Keep keep) {
     const double lr = number_in(group, 0);
-    double of_policy[MAX_POLICY_HYPERS];
-    for (int i = 0; i < MAX_POLICY_HYPERS; ++i) of_policy[i] = number_in(group, MAX_RULE_HYPERS + i);
 
     PolicyInputs slow;
     slow.step = counts.applied + 1;
@@ -88,7 +100,8 @@ LF_HD PolicyNumbers prepare(int32_t policy, const Group& group, const RowCounts&
                                               : Event::NEVER;
 
     PolicyNumbers own = counts.policy;
-    to.slow = prepare_slow<T>(Policies{}, policy, of_policy, slow, own);
+    to.slow = prepare_slow<T>(Policies{}, policy, PolicyHypers{group}, slow, own);
+    keep(own);
 
     StepInputs at;
     at.step = counts.applied + 1;
@@ -96,7 +109,6 @@ LF_HD PolicyNumbers prepare(int32_t policy, const Group& group, const RowCounts&
     at.grad_scale = arguments.grad_scale != nullptr ? *arguments.grad_scale : 1.0;
     at.first = counts.applied == 0 && counts.moments_loaded == 0;
     to.rule = Rule::template prepare<T>(group.rule, at);
-    return own;
 }
 
 }  // namespace LF_ISA

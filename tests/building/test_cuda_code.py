@@ -39,12 +39,12 @@ def kernels(path: Path) -> list[cuda_code.Kernel]:
 
 
 def rule_of(kernel: cuda_code.Kernel) -> str:
-    return kernel.name[len("chunks<") :].partition(",")[0]
+    return kernel.name.partition("<")[2].partition(",")[0]
 
 
-def walks(kernels: list[cuda_code.Kernel]) -> Iterator[tuple[cuda_code.Kernel, str]]:
+def walks(kernels: list[cuda_code.Kernel], *kinds: str) -> Iterator[tuple[cuda_code.Kernel, str]]:
     for kernel in kernels:
-        if kernel.name.startswith("chunks"):
+        if kernel.name.partition("<")[0] in (kinds or ("chunks", "averaged")):
             yield kernel, f"{kernel.name} on {kernel.architecture}"
 
 
@@ -57,7 +57,8 @@ def test_every_kernel_is_there_for_every_architecture(
     assert module is not None
     entries = [entry.partition("+")[0].replace(".", "") for entry in module.architectures.split()]
     names = {kernel.name for kernel in kernels}
-    assert len([name for name in names if name.startswith("chunks<")]) == 7 * (len(MOMENTS) - 1) + 4
+    for kind in ("chunks<", "averaged<"):
+        assert len([name for name in names if name.startswith(kind)]) == 7 * (len(MOMENTS) - 1) + 4
     assert len([name for name in names if name.startswith("rows<")]) == 2 * len(MOMENTS)
     assert {(k.name, k.architecture) for k in kernels} == {(name, f"sm_{entry}") for name in names for entry in entries}
     assert len(kernels) == len(names) * len(entries)
@@ -66,9 +67,11 @@ def test_every_kernel_is_there_for_every_architecture(
 def test_no_spills_and_room_for_1024_threads(kernels: list[cuda_code.Kernel]) -> None:
     for kernel in kernels:
         where = f"{kernel.name} on {kernel.architecture}"
-        # Spills stand on the stack; what is called local memory here is an array with a changing index.
-        assert (kernel.stack, kernel.local) == (0, 0), where
-        assert not [code for code in kernel.opcodes() if re.match(r"(LDL|STL)\b", code)], where
+        # Spills stand on the stack; what is called local memory here is an array with a changing index. A row's thread
+        # may keep a number there over the slow path of an fp64 division, which is a call.
+        divides = kernel.name.startswith("rows") and "double" in kernel.name
+        assert (kernel.stack <= 8 * divides, kernel.local) == (True, 0), where
+        assert divides or not [code for code in kernel.opcodes() if re.match(r"(LDL|STL)\b", code)], where
         assert kernel.registers <= MOST_REGISTERS, where
 
 
@@ -80,11 +83,17 @@ def test_memory_is_reached_as_global_and_16_bytes_at_a_time(kernels: list[cuda_c
         wide = {
             op: sum(n for code, n in codes.items() if code.startswith(op) and ".128" in code) for op in ("LDG", "STG")
         }
-        if "double, float" in kernel.name:
+        averaged = kernel.name.startswith("averaged")
+        if "double, float" in kernel.name or (averaged and "double" in kernel.name):
             assert wide == {"LDG": 0, "STG": 0}, where
             continue
-        # Each array has its place in the vector path: p, g, phi and what it caches, the moments.
         moments, _ = MOMENTS[rule_of(kernel)]
+        if averaged:
+            # y or its master, z or x, the moments; and what 16 bits have is moved in 8 bytes.
+            wanted = 2 if rule_of(kernel) == "External" else moments + 2
+            assert min(wide.values()) >= wanted, where
+            continue
+        # Each array has its place in the vector path: p, g, phi and what it caches, the moments.
         assert wide["LDG"] >= moments + 3, where
         assert wide["STG"] >= moments + 2, where
 
@@ -97,7 +106,12 @@ def test_enough_loads_are_in_flight(kernels: list[cuda_code.Kernel], capsys: pyt
     master, AMSGrad's maximum, RMSprop's momentum and its gradients' average.
     """
     lines = []
-    for kernel, where in walks(kernels):
+    for kernel, where in walks(kernels, "averaged"):
+        if "double" not in kernel.name:
+            _, optional = MOMENTS[rule_of(kernel)]
+            asked = cuda_code.bytes_asked_before_use(kernel) - 16 * optional
+            assert asked * kernel.resident_threads(256) >= 32 << 10, where
+    for kernel, where in walks(kernels, "chunks"):
         if "double, float" in kernel.name:
             continue
         moments, optional = MOMENTS[rule_of(kernel)]

@@ -112,7 +112,7 @@ def source(kernels: ModuleType, kernel: str, rule: str, param: torch.dtype, grad
         "row_count": "i32",
         "chunks_at": "i32",
         "gradients_at": "i32",
-        "sync_now": "i32",
+        "pass_": "i32",
     }
     policy = kernels.POLICIES["schedule_free" if is_averaged(rule) else "lookahead"]
     constants = {
