@@ -139,6 +139,15 @@ def launch_counts() -> dict[str, float]:
                     found[f"launches, {where}"] = made["cudaLaunchKernelEx"]
                     found[f"uploads, {where}"] = made["cudaMemcpyAsync"]
                     found[f"runtime calls, {where}"] = sum(made.values())
+        for name, make in FAMILY.items():
+            params = parameters.make(parameters.Case("", parameters.equal(10, 1)))
+            optimizer = make(params, cuda_on_host.NAME)
+            for _ in range(2):
+                optimizer.step()
+            library.control_reset()
+            library.control_idle(True)
+            optimizer.step()
+            found[f"launches, {name}"] = Counter(cuda_on_host.calls())["cudaLaunchKernelEx"]
     return found
 
 
