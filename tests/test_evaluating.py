@@ -573,7 +573,7 @@ def test_what_cannot_be_loaded(backend: BackendCase, name: str) -> None:
         bad.append((error, match, spoiled))
     alone = copy.deepcopy(saved)
     del alone["state"][1]["slow_param"]
-    bad.append((ValueError, "'train_param'.*beside 'slow_param'", alone))
+    bad.append((ValueError, "'train_param'.*beside slow weights", alone))
     fewer, _ = begun(lambda ps, b: MAKERS[name](ps[:3], b), backend, steps=0)
     advance(fewer, fewer.param_groups[0]["params"], range(2))
     fewer.eval()
