@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -132,7 +133,8 @@ def control() -> ctypes.CDLL:
         getattr(library, f"control_{name}").restype = ctypes.c_int64
     for name in ("make_stream", "end_capture"):
         getattr(library, f"control_{name}").restype = ctypes.c_void_p
-    library.control_is_capturing.restype = ctypes.c_bool
+    for name in ("is_capturing", "pin"):
+        getattr(library, f"control_{name}").restype = ctypes.c_bool
     return library
 
 
@@ -150,11 +152,17 @@ class Torch:
     def pinned(cls, size: int) -> torch.Tensor:
         tensor = torch.empty(size, dtype=torch.uint8, device="cpu")
         address = tensor.data_ptr()
-        control().control_pinned(ctypes.c_void_p(address), ctypes.c_int64(size))
-        import weakref
-
-        weakref.finalize(tensor, control().control_unpinned, ctypes.c_void_p(address))
+        if not control().control_pin(ctypes.c_void_p(address), ctypes.c_int64(size)):
+            raise RuntimeError("cudaHostAlloc failed: operation not permitted when stream is capturing")
+        weakref.finalize(tensor, control().control_unpin, ctypes.c_void_p(address))
         return tensor
+
+    @classmethod
+    def memory_apart(cls, device: torch.device, size: int) -> tuple[torch.Tensor, int]:
+        stream = control().control_make_stream(0)
+        tensor = torch.empty(size, dtype=torch.uint8, device="cpu")
+        weakref.finalize(tensor, control().control_destroy_stream, ctypes.c_void_p(stream))
+        return tensor, stream
 
     @classmethod
     def is_capturing(cls, device: torch.device) -> bool:

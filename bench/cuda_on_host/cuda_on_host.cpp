@@ -274,8 +274,13 @@ CONTROL void control_late(bool late) { control.late = late; }
 CONTROL void control_idle(bool idle) { control.idle = idle; }
 CONTROL int control_device() { return control.device; }
 CONTROL void control_set_device(int device) { control.device = device; }
-CONTROL void control_pinned(uintptr_t address, int64_t bytes) { control.pinned.emplace_back(address, address + bytes); }
-CONTROL void control_unpinned(uintptr_t address) {
+// False where the driver would refuse it.
+CONTROL bool control_pin(uintptr_t address, int64_t bytes) {
+    if (!may_wait()) return false;
+    control.pinned.emplace_back(address, address + bytes);
+    return true;
+}
+CONTROL void control_unpin(uintptr_t address) {
     auto& pinned = control.pinned;
     pinned.erase(std::remove_if(pinned.begin(), pinned.end(), [=](const auto& p) { return p.first == address; }),
                  pinned.end());

@@ -65,7 +65,8 @@ class Stepper:
             fixed_bytes, self.moving_bytes = self.module.Stepper.sizes(part.table)
             self.fixed = torch.empty(fixed_bytes, dtype=torch.uint8, device=self.device)
             self.moving = torch.empty(self.moving_bytes, dtype=torch.uint8, device=self.device)
-            pinned = _pinned(self.module.ring * self.moving_bytes)
+            # To pin memory needs leave while another thread captures a graph.
+            pinned = self.module.allowed_to_wait(partial(_pinned, self.module.ring * self.moving_bytes))
             self.native = self.module.Stepper(
                 part.table,
                 device=_index(self.device),
