@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -115,6 +117,9 @@ class Module:
 def pretend(monkeypatch: pytest.MonkeyPatch, module: Module, capability: tuple[int, int]) -> None:
     """A machine with one card."""
     monkeypatch.setattr(cuda, "native", lambda: module)
+    monkeypatch.setattr(cuda, "_current", lambda device: nullcontext())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(cuda, "_no_devices", lambda module: "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)

@@ -168,6 +168,16 @@ class Torch:
     def is_capturing(cls, device: torch.device) -> bool:
         return bool(control().control_is_capturing(ctypes.c_void_p(cls.stream)))
 
+    @staticmethod
+    @contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        """What torch.cuda.device is."""
+        before = control().control_go_to_device(device.index)
+        try:
+            yield
+        finally:
+            control().control_go_back_to_device(before)
+
     @classmethod
     @contextmanager
     def on(cls, stream: int) -> Iterator[None]:

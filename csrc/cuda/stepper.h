@@ -91,7 +91,7 @@ class Stepper {
 // `release` is called then, on any thread, and must not call CUDA. It is called at once where this throws.
 void retain_for_graph(cudaStream_t stream, void* object, void (*release)(void*));
 
-// Throws, with the driver's reason, where it has no kernels for a device.
+// Throws, with the driver's reason, where it has no kernels for a device. It makes a context there.
 void load_kernels(int device);
 
 // How many devices the runtime sees. Throws where it cannot tell, with the reason.

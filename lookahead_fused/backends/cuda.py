@@ -152,8 +152,10 @@ def _refusal(module: ModuleType, index: int) -> str:
 
 @functools.cache
 def _load_kernels(module: ModuleType, index: int) -> None:
-    # A failure is not cached: memory may have been short.
-    module.load_kernels(index)
+    # A failure is not cached: memory may have been short. By torch's guard: the runtime's cudaSetDevice would put the
+    # current device back by making a context on it, which costs memory where this process has no use for that device.
+    with _current(torch.device("cuda", index)):
+        module.load_kernels(index)
 
 
 def _address(tensor: Tensor | None) -> int:
