@@ -129,7 +129,7 @@ def control() -> ctypes.CDLL:
     """The stand-in's own functions: all that is marked CONTROL."""
     library = ctypes.CDLL(load().__file__)
     library.control_calls.restype = ctypes.c_char_p
-    for name in ("live", "read", "written", "elsewhere", "sectors"):
+    for name in ("live", "read", "written", "elsewhere", "sectors", "nodes"):
         getattr(library, f"control_{name}").restype = ctypes.c_int64
     for name in ("make_stream", "end_capture"):
         getattr(library, f"control_{name}").restype = ctypes.c_void_p
@@ -207,6 +207,7 @@ def backend() -> ModuleType:
     module._stream = lambda device: Torch.stream
     module._is_capturing = Torch.is_capturing
     module._pinned = Torch.pinned
+    module._memory_apart = Torch.memory_apart
     module._used_on_current_stream = lambda tensor: None
     return module
 

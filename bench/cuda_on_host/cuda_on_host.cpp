@@ -319,6 +319,7 @@ CONTROL StandInGraph* control_end_capture(StandInStream* stream) {
     return std::exchange(real(stream).capturing, nullptr);
 }
 CONTROL bool control_is_capturing(StandInStream* stream) { return real(stream).capturing != nullptr; }
+CONTROL int64_t control_nodes(StandInGraph* graph) { return static_cast<int64_t>(graph->operations.size()); }
 CONTROL int control_replay(StandInGraph* graph) {
     for (const Operation& operation : graph->operations) {
         const cudaError_t error = operation();

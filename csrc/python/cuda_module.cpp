@@ -120,10 +120,10 @@ class StepperBinding {
 
     // `owners` is kept as long as the graph.
     void capture(const TableBinding& table, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t stream,
-                 uintptr_t moving, uintptr_t pinned, py::object owners) {
+                 uintptr_t moving, uintptr_t moving_stream, py::object owners) {
         retain_for_graph(stream_of(stream), owners.release().ptr(), &Dropped::add);
-        stepper_->capture(table.view(), arguments_of(table, grad_scale, found_inf), pointer(moving), pointer(pinned),
-                          stream_of(stream));
+        stepper_->capture(table.view(), arguments_of(table, grad_scale, found_inf), pointer(moving),
+                          stream_of(moving_stream), stream_of(stream));
     }
 
    private:
@@ -157,5 +157,5 @@ PYBIND11_MODULE(LOOKAHEAD_FUSED_CUDA_MODULE, module) {
              py::arg("stream"))
         .def("update_fixed", &StepperBinding::update_fixed, py::arg("table"), py::arg("stream"))
         .def("capture", &StepperBinding::capture, py::arg("table"), py::arg("grad_scale"), py::arg("found_inf"),
-             py::arg("stream"), py::arg("moving"), py::arg("pinned"), py::arg("owners"));
+             py::arg("stream"), py::arg("moving"), py::arg("moving_stream"), py::arg("owners"));
 }

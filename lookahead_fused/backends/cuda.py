@@ -94,12 +94,12 @@ class Stepper:
             if not capturing:
                 self.native.step(*arguments)
                 return
-            # From the capture's own memory pool: it is the graph's, as any tensor that is made in a capture. The graph
-            # copies from pinned memory in every replay, reads this table and writes these tensors, so it keeps all.
-            moving = torch.empty(self.moving_bytes, dtype=torch.uint8, device=self.device)
-            pinned = self.module.allowed_to_wait(partial(_pinned, self.moving_bytes))
-            owners = (part.table, self, pinned, part.tensors())
-            self.native.capture(*arguments, moving=moving.data_ptr(), pinned=pinned.data_ptr(), owners=owners)
+            # What moves as it is now, in memory of the graph's own. Every replay reads that and this table, and writes
+            # these tensors, so the graph keeps all.
+            apart = partial(_memory_apart, self.device, self.moving_bytes)
+            moving, moving_stream = self.module.allowed_to_wait(apart)
+            owners = (part.table, self, moving, part.tensors())
+            self.native.capture(*arguments, moving=moving.data_ptr(), moving_stream=moving_stream, owners=owners)
 
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:
@@ -183,6 +183,17 @@ def _is_capturing(device: torch.device) -> bool:
 
 def _pinned(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
+def _memory_apart(device: torch.device, size: int) -> tuple[Tensor, int]:
+    """Memory that is no captured graph's, and the stream it was made on: what is allocated on one that is captured
+    comes from the graph's pool."""
+    # Torch hands out 32 streams in turn, and graphs are captured on them.
+    for _ in range(64):
+        with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+            if not _is_capturing(device):
+                return torch.empty(size, dtype=torch.uint8, device=device), _stream(device)
+    raise RuntimeError(f"this step cannot be captured in a CUDA graph: all of torch's streams on {device} are captured")
 
 
 def _used_on_current_stream(tensor: Tensor) -> None:
