@@ -10,6 +10,7 @@
 #include <functional>
 #include <tuple>
 
+#define CUDART_VERSION 13000
 #define __global__
 #define __device__
 #define __host__

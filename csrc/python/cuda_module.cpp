@@ -141,6 +141,8 @@ PYBIND11_MODULE(LOOKAHEAD_FUSED_CUDA_MODULE, module) {
     bind_watch(module);
     module.attr("ring") = RING;
     module.attr("architectures") = LOOKAHEAD_FUSED_CUDA_ARCHITECTURES;
+    // Of CUDA, as 1000 * major + 10 * minor.
+    module.attr("runtime_version") = CUDART_VERSION;
     module.def("device_count", &device_count);
     module.def("load_kernels", &load_kernels);
     // Calls a function that may wait for the device, or allocate memory, while some stream is being captured.

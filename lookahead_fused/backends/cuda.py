@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import _build as build
 from .._parts import CompiledPart, Part, Spec
+from . import nvml
 from .gpu import UsedOn, moved_while_capturing, no_table_to_capture
 
 NAME = "cuda"
@@ -30,6 +31,14 @@ def unavailable(device: torch.device | None = None) -> str:
     module = native()
     if module is None:
         return build.reason("_cuda")
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) is built without CUDA"
+    if device is None and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        # A query must not initialise CUDA either: no child that is forked after that can use it.
+        machine = nvml.machine()
+        answer = None if machine is None else _by_nvml(module, machine)
+        if answer is not None:
+            return answer
     reason = _no_devices(module)
     if reason:
         return reason
@@ -117,25 +126,47 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
+def _by_nvml(module: ModuleType, machine: nvml.Machine) -> str | None:
+    """Why no GPU of a machine is served, or ""; None where CUDA alone can tell."""
+    # By NVML too; and the variable that hides GPUs is read.
+    if not machine.cards or torch.cuda.device_count() == 0:
+        return _NONE_VISIBLE
+    # Drivers serve what was built for an older CUDA, and for a later one of the same number before the point.
+    if machine.cuda // 1000 < module.runtime_version // 1000:
+        ours = _version(module.runtime_version)
+        return f"the driver is made for CUDA {_version(machine.cuda)}, and this build for {ours}"
+    # Which of them are visible, and in which order, is CUDA's to say: it is not asked where that makes no difference.
+    reasons = [_card_not_covered(module, card.name, card.capability) for card in machine.cards]
+    return None if any(reasons) and "" in reasons else "; ".join(dict.fromkeys(filter(None, reasons)))
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+_NONE_VISIBLE = "no CUDA device is visible"
+
+
 @functools.cache
 def _no_devices(module: ModuleType) -> str:
-    if torch.version.cuda is None:
-        return f"this torch ({torch.__version__}) is built without CUDA"
     try:
         count = module.device_count()
     except RuntimeError as error:
         return str(error)
-    return "" if count > 0 and torch.cuda.is_available() else "no CUDA device is visible"
+    return "" if count > 0 and torch.cuda.is_available() else _NONE_VISIBLE
 
 
 @functools.cache
 def _not_covered(module: ModuleType, index: int) -> str:
-    capability = torch.cuda.get_device_capability(index)
+    return _card_not_covered(module, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+
+
+def _card_not_covered(module: ModuleType, name: str, capability: tuple[int, int]) -> str:
     if covers(module.architectures, capability):
         return ""
     number = ".".join(map(str, capability))
     return (
-        f"{torch.cuda.get_device_name(index)} has compute capability {number}, and this build is for "
+        f"{name} has compute capability {number}, and this build is for "
         f"{module.architectures}; rebuild it, in its source tree, with TORCH_CUDA_ARCH_LIST={number} pip install "
         "--force-reinstall --no-deps ."
     )
