@@ -21,6 +21,14 @@ from .gpu import UsedOn, moved_while_capturing, no_table_to_capture
 NAME = "cuda"
 DEVICES: tuple[str, ...] = ("cuda",)
 
+# What one block updates. At the end of a step the last blocks leave the memory idle: in chunks of 16,384 elements
+# ResNet-50's 161 fp32 tensors are 1,667 blocks of up to 459 KB, 3.2 for each of the 528 places on an H100, and a last
+# block that runs alone takes 20 us of 214. What smaller ones cost, a look into the table before the first load, hides
+# behind the multiprocessor's other blocks. A model of that (blocks share the bandwidth, none gets more than its loads
+# in flight allow) gives 4,096 elements against 16,384 for ResNet-50's list 0.7 to 2.5 % on an H100, 0.8 to 4 % on an
+# H200, -3 to 8 % on a B200, by how unlike the blocks' speeds are, and for GPT-2's 0 to 2 %. 2,048 are no better.
+CHUNK_ELEMENTS = 1 << 12
+
 
 def native() -> ModuleType | None:
     """The compiled module that keeps this backend's tables, or None."""
@@ -52,7 +60,7 @@ def unavailable(device: torch.device | None = None) -> str:
 def part(spec: Spec) -> Part:
     module = native()
     assert module is not None
-    return CompiledPart(spec, module, Stepper)
+    return CompiledPart(spec, module, Stepper, CHUNK_ELEMENTS)
 
 
 class Stepper:
