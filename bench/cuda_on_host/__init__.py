@@ -160,7 +160,8 @@ class Torch:
     @classmethod
     def memory_apart(cls, device: torch.device, size: int) -> tuple[torch.Tensor, int]:
         stream = control().control_make_stream(0)
-        tensor = torch.empty(size, dtype=torch.uint8, device="cpu")
+        # Zeros: read before the copy has arrived, they are null addresses and not any.
+        tensor = torch.zeros(size, dtype=torch.uint8, device="cpu")
         weakref.finalize(tensor, control().control_destroy_stream, ctypes.c_void_p(stream))
         return tensor, stream
 
