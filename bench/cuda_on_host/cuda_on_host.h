@@ -142,6 +142,12 @@ inline float half_bits_to_float(uint16_t half) {
     return half & 0x8000 ? -magnitude : magnitude;
 }
 
+inline uint16_t float_to_bfloat16_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return static_cast<uint16_t>(std::isnan(value) ? 0x7fffu : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
 inline uint16_t float_to_half_bits(float value) {
     const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
     const float magnitude = std::fabs(value);
