@@ -25,10 +25,9 @@ from torch import Tensor
 from triton_host import HOST, Driver, Recorder, needs_triton, set_grads
 
 from lookahead_fused import _build as build
-from lookahead_fused._parts import Pass, Tuning
+from lookahead_fused._parts import CHUNK_ELEMENTS as CHUNK
+from lookahead_fused._parts import Pass
 from lookahead_fused.backends import triton
-
-CHUNK = Tuning().chunk_elements
 
 # ------------------------------------------------------------------------------------------------------------
 # launches, uploads, memory

@@ -101,13 +101,17 @@ void Stepper::step(const Table& table, const StepArguments& arguments, cudaStrea
     launch(table, arguments, memory_.moving, stream);
 }
 
-void Stepper::capture(const Table& table, const StepArguments& arguments, std::byte* moving, std::byte* pinned,
+void Stepper::capture(const Table& table, const StepArguments& arguments, std::byte* moving, cudaStream_t moving_stream,
                       cudaStream_t stream) {
     const DeviceGuard guard(device_);
     gather(table, arguments.pass);
-    std::memcpy(pinned, moving_.data(), moving_.size());
-    check(cudaMemcpyAsync(moving, pinned, moving_.size(), cudaMemcpyHostToDevice, stream),
-          copied(moving_.size(), "gradients and groups"));
+    {
+        // Waited for: nothing orders the first replay, on whatever stream it is, after this.
+        const MayWait allowed;
+        check(cudaMemcpyAsync(moving, moving_.data(), moving_.size(), cudaMemcpyHostToDevice, moving_stream),
+              copied(moving_.size(), "gradients and groups"));
+        check(cudaStreamSynchronize(moving_stream), "cudaStreamSynchronize");
+    }
     launch(table, arguments, moving, stream);
 }
 
