@@ -2,6 +2,7 @@
 #
 #   TORCH    what `pip install` is told to get torch:  make test TORCH="torch==2.14.1"
 #   TORCHES  the releases that `make test-torches` runs one wheel under
+#   TRITONS  the releases whose machine code `make test-tritons` reads
 #   ARCHS    what the CUDA module of `make wheel` is built for:  make wheel ARCHS="9.0 10.0+PTX"
 #   PICTURE  where `make bench` draws the ratios:  make bench PICTURE=bench/report/cpu.png
 #   ARGS     further arguments of the script or of pytest:  make test ARGS="-k checkpoint"
@@ -9,6 +10,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHES ?= 2.13.0 2.14.1
+TRITONS ?= 3.4.0 3.5.1 3.6.0 3.7.1 3.8.0 3.9.0
 WORKERS ?= 2
 PICTURE ?= build/bench/ratios.png
 
@@ -20,7 +22,7 @@ PYTEST := -m pytest -n $(WORKERS) --dist loadgroup --benchmark-disable
 CPP_FILES = $(shell find csrc bench -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tools lint format bench bench-cpu bench-check bench-baseline bench-predict wheel test-torches sanitize sanitize-cpu gpu-report clean
+.PHONY: help demo test test-tools lint format bench bench-cpu bench-check bench-baseline bench-predict wheel test-torches test-tritons sanitize sanitize-cpu gpu-report clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,7 +31,7 @@ demo: $(VENV)/.extra-demo ## train with and without Lookahead and compare (QUICK
 	$(PY) -m bench.demo $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 # Two workers share the cores: a thread that spins, as OpenMP's do by default, takes one from the other's test.
-test test-tools test-torches sanitize-cpu: export OMP_WAIT_POLICY ?= passive
+test test-tools test-torches test-tritons sanitize-cpu: export OMP_WAIT_POLICY ?= passive
 
 # What builds wheels, reads machine code, reports a build or measures is no other under another torch, and takes as long
 # as the rest.
@@ -120,6 +122,18 @@ test-torches: $(VENV)/.tools ## the tests of the package against one wheel under
 	  (cd $$venv && PYTHONSAFEPATH=1 LOOKAHEAD_FUSED_EXPECTED_IN=$$venv bin/python $(PYTEST) \
 	    --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml $(TOOLS:%=--ignore $(CURDIR)/tests/%) $(ARGS) $(CURDIR)/tests); \
 	  rm -rf $$venv; \
+	done
+
+# Each beside .venv's torch, which is asked for nothing but the CPU: compiling takes no GPU.
+test-tritons: $(VENV)/.extra-test ## the Triton kernels compiled, and interpreted, by each release in TRITONS
+	@set -e; for release in $(TRITONS); do \
+	  place=$(CURDIR)/build/tritons/$$release; \
+	  rm -rf $$place; \
+	  $(PIP) install --quiet --no-deps --target $$place "triton==$$release"; \
+	  PYTHONPATH=$$place $(PY) -c 'import triton; print("== triton", triton.__version__)'; \
+	  PYTHONPATH=$$place LOOKAHEAD_FUSED_EXPECTED_IN=$(CURDIR) $(PY) $(PYTEST) -m "not slow" $(ARGS) \
+	    tests/building/test_triton_code.py $(wildcard tests/test_triton_*.py); \
+	  rm -rf $$place; \
 	done
 
 clean: ## remove everything the other commands made
