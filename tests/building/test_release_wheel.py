@@ -114,7 +114,8 @@ def test_a_release_wheel_steps_with_the_same_bits(released, tmp_path):
 
 def bits_of(package: Path) -> list[str]:
     env = environment(PYTHONPATH=os.pathsep.join([str(package), str(ROOT / "tests"), str(ROOT)]))
-    done = run([sys.executable, "-c", BITS], env=env)
+    # Not from here: what lies in the working directory is imported first.
+    done = run([sys.executable, "-c", BITS], cwd=package, env=env)
     assert done.returncode == 0, done.stdout
     return done.stdout.splitlines()
 
