@@ -4,6 +4,7 @@
 #   TORCHES  the releases that `make test-torches` runs one wheel under
 #   TRITONS  the releases whose machine code `make test-tritons` reads
 #   ARCHS    what the CUDA module of `make wheel` is built for:  make wheel ARCHS="9.0 10.0+PTX"
+#   PYTHONS  what `make release-wheel` builds for; by default python3.10, 3.11, ... that PATH has
 #   PICTURE  where `make bench` draws the ratios:  make bench PICTURE=bench/report/cpu.png
 #   ARGS     further arguments of the script or of pytest:  make test ARGS="-k checkpoint"
 
@@ -22,7 +23,7 @@ PYTEST := -m pytest -n $(WORKERS) --dist loadgroup --benchmark-disable
 CPP_FILES = $(shell find csrc bench -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tools lint format bench bench-cpu bench-check bench-baseline bench-predict wheel test-torches test-tritons sanitize sanitize-cpu gpu-report clean
+.PHONY: help demo test test-tools lint format bench bench-cpu bench-check bench-baseline bench-predict wheel release-wheel test-torches test-tritons sanitize sanitize-cpu gpu-report clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,7 +41,7 @@ TOOLS := building benchmarks
 test: $(VENV)/.extra-test ## the tests of the package
 	LOOKAHEAD_FUSED_EXPECTED_IN=$(CURDIR) $(PY) $(PYTEST) $(TOOLS:%=--ignore tests/%) $(ARGS)
 
-test-tools: $(VENV)/.extra-test $(VENV)/.extra-demo ## the tests of what builds it, of the machine code, and of the benchmarks
+test-tools: $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.extra-release ## the tests of what builds it, of the machine code, and of the benchmarks
 	LOOKAHEAD_FUSED_EXPECTED_IN=$(CURDIR) $(PY) $(PYTEST) $(ARGS) $(TOOLS:%=tests/%)
 
 lint: $(VENV)/.extra-lint ## ruff, mypy and clang-format, changing nothing
@@ -78,6 +79,9 @@ wheel: $(VENV)/.tools ## a wheel in dist/, and what machine code is in it
 	@start=$$(date +%s); $(if $(ARCHS),TORCH_CUDA_ARCH_LIST="$(ARCHS)") $(PIP) wheel --no-deps --wheel-dir dist . \
 	  && echo "built in $$(($$(date +%s) - start)) s on $$(getconf _NPROCESSORS_ONLN) cores"
 	$(PY) -m bench.gpu.cuda_code $(if $(ARCHS),--expect "$(ARCHS)") "$$(ls -t dist/*.whl | head -1)"
+
+release-wheel: $(VENV)/.extra-release ## one wheel in dist/ for every Python found and every Linux on x86-64, checked
+	$(PY) csrc/release_wheel.py $(PYTHONS)
 
 # Where there is a GPU. Each tool runs the tests that launch kernels; PyTorch's caching of memory would hide from it
 # where a tensor ends.

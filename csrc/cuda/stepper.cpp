@@ -15,6 +15,12 @@ std::string copied(size_t bytes, const char* what) {
     return "cudaMemcpyAsync of " + std::to_string(bytes) + " bytes (" + what + ") to the device";
 }
 
+// "adam of bfloat16 with float32 gradients"
+std::string name_of(const Kernel& kernel) {
+    const std::string name = std::string(kernel.rule) + " of " + kernel.param;
+    return kernel.grad == nullptr ? name : name + " with " + kernel.grad + " gradients";
+}
+
 // The graph that the stream is being captured into, or null.
 cudaGraph_t capturing(cudaStream_t stream) {
     cudaStreamCaptureStatus status;
@@ -27,8 +33,8 @@ cudaGraph_t capturing(cudaStream_t stream) {
 // While another thread captures a graph, this needs leave: a module that is not loaded yet allocates memory.
 void load(const Kernel& kernel, int device) {
     const MayWait allowed;
-    check(kernel.load(), std::string("loading the kernels of ") + kernel.name + " onto device " +
-                             std::to_string(device) + " (this build has " LOOKAHEAD_FUSED_CUDA_ARCHITECTURES ")");
+    check(kernel.load(), "loading the kernels of " + name_of(kernel) + " onto device " + std::to_string(device) +
+                             " (this build has " LOOKAHEAD_FUSED_CUDA_ARCHITECTURES ")");
 }
 
 }  // namespace
@@ -188,8 +194,9 @@ void Stepper::launch(const Table& table, const StepArguments& arguments, const s
 void Stepper::check_launch(cudaError_t error, const char* which, const Kernel& kernel, unsigned blocks,
                            int threads) const {
     if (error == cudaSuccess) return;
-    check(error, std::string("launch of the ") + which + " kernel of " + kernel.name + " in " + std::to_string(blocks) +
-                     " blocks of " + std::to_string(threads) + " threads on device " + std::to_string(device_));
+    check(error, std::string("launch of the ") + which + " kernel of " + name_of(kernel) + " in " +
+                     std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads on device " +
+                     std::to_string(device_));
 }
 
 void retain_for_graph(cudaStream_t stream, void* object, void (*release)(void*)) {
