@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 
 from bench.gpu.runner import ROOT, Outcome
 
-LIMIT = 60.0
+# The first import of torch, from a disk that has just been mounted, is among it.
+LIMIT = 120.0
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Card:
         serves: whether the CUDA backend serves one of them.
         reason: why it does not.
         driver: what the driver lists, where torch sees none.
+        unknown: why it is not known whether there are any.
     """
 
     names: tuple[str, ...] = ()
@@ -33,9 +35,13 @@ class Card:
     serves: bool = False
     reason: str = ""
     driver: str = ""
+    unknown: str = ""
 
     def refusal(self, needs: str) -> Outcome | None:
-        """Why what needs a "card" or its "backend" is not run; a GPU that is there and is not served is a failure."""
+        """Why what needs a "card" or its "backend" is not run. A GPU that is there and is not served is a failure, as
+        is one that may be there."""
+        if self.unknown:
+            return Outcome("", "FAILED", f"it is not known whether there is a GPU: {self.unknown}")
         if self.serves or (needs == "card" and self.names):
             return None
         if self.names or self.driver:
@@ -67,21 +73,21 @@ def look() -> Card:
 
 def _listed() -> str:
     try:
-        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=LIMIT / 3)
+        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=LIMIT / 6)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return told.stdout.strip() if told.returncode == 0 and "GPU" in told.stdout else ""
 
 
 def ask() -> Card:
-    """The same, of a process of its own; one that fails or hangs has no GPU, and says why."""
+    """The same, of a process of its own: one that fails or hangs does not take this one with it."""
     command = [sys.executable, "-m", "bench.gpu.card"]
     try:
         told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        return Card(reason=f"asking torch for one takes more than {LIMIT:.0f} s")
+        return Card(unknown=f"asking torch takes more than {LIMIT:.0f} s")
     if told.returncode != 0:
-        return Card(reason=(told.stderr.strip().splitlines() or ["no word of why"])[-1])
+        return Card(unknown=(told.stderr.strip().splitlines() or ["no word of why"])[-1])
     said = json.loads(told.stdout.splitlines()[-1])
     return Card(**{**said, "names": tuple(said["names"]), "architectures": tuple(said["architectures"])})
 

@@ -57,23 +57,19 @@ def steps(case: Case, backend: str, device: str, capture: Capture) -> dict[str, 
     return bits.contents(params, optimizer)
 
 
-def compare(backends: Sequence[str], device: str, capture: Capture, results: Results) -> bool:
+def compare(cases: Sequence[Case], backend: str, device: str, capture: Capture, results: Results) -> bool:
     """Whether all cases have the bits of eager steps of the same backend."""
     equal = tried = 0
-    for backend in backends:
-        for case in CASES:
-            if not results.has_time_for(f"{backend}: {case}"):
-                continue
-            tried += 1
-            try:
-                replayed = steps(case, backend, device, capture)
-                found = bits.difference(replayed, steps(case, backend, device, as_it_is))
-            except Exception as error:
-                found = f"{type(error).__name__}: {error}"
-            equal += not found
-            results.add(
-                f"{backend}: {REPLAYS} replays of {case}: {found or 'equal'}",
-                backend=backend, case=str(case), difference=found,
-            )  # fmt: skip
-    results.close(f"{equal} of {tried} captured steps replay as eager ones")
+    for case in cases:
+        if not results.has_time_for(str(case)):
+            continue
+        tried += 1
+        try:
+            replayed = steps(case, backend, device, capture)
+            found = bits.difference(replayed, steps(case, backend, device, as_it_is))
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        equal += not found
+        results.add(f"{REPLAYS} replays of {case}: {found or 'equal'}", case=str(case), difference=found)
+    results.close(f"{equal} of {tried} captured steps of {backend} replay as eager ones")
     return 0 < tried == equal

@@ -39,7 +39,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="the folder for the JSON")
     parser.add_argument("--name", help="the name of the JSON, instead of the room's")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds of a room for beginning something")
-    parser.add_argument("--cases", type=int, help="of the bits only so many cases, the first of which cover the most")
+    parser.add_argument("--cases", type=int, help="of bits and graphs so many cases, of which the first cover most")
     parser.add_argument("--small", action="store_true", help="small lists and few rounds: to see it work")
     options = parser.parse_args(words)
     options.backend = options.backend or {"cuda": "cuda", "cpu": "reference"}[options.device]
@@ -67,7 +67,7 @@ def _bits(options: argparse.Namespace, results: Results) -> bool:
 
 def _graphs(options: argparse.Namespace, results: Results) -> bool:
     capture = graphs.on_gpu if options.device == "cuda" else graphs.as_it_is
-    return graphs.compare([options.backend], options.device, capture, results)
+    return graphs.compare(graphs.CASES[: options.cases], options.backend, options.device, capture, results)
 
 
 def _bandwidth(options: argparse.Namespace, results: Results) -> bool:

@@ -32,12 +32,12 @@ def quick(out: Path) -> list[Piece]:
         return Piece(name, [*command, "--budget", f"{limit - SLACK:.0f}", *options], limit, needs)
 
     return [
-        Piece("environment", [PYTHON, "-m", "lookahead_fused"], 20),
+        Piece("environment", [PYTHON, "-m", "lookahead_fused"], 30),
         Piece("driver", ["nvidia-smi"], 10),
         room("bits", 55, "backend"),
-        room("bandwidth", 60, "backend"),
+        room("bandwidth", 55, "backend"),
         room("graphs", 25, "backend"),
-        room("times", 30, "backend"),
+        room("times", 25, "backend"),
         room("bits-triton", 40, "card", "--backend", "triton"),
     ]
 

@@ -127,13 +127,16 @@ def test_a_gpu_that_torch_does_not_see_is_a_failure(tmp_path: Path, monkeypatch:
 
 
 def test_a_card_is_asked_for_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that hangs in the driver, or a torch that does not load, has none and says why."""
+    """One that hangs in the driver, or a torch that does not load: then it is not known, and nothing is passed over."""
     assert card.ask() == card.look()
     monkeypatch.setattr(card.sys, "executable", "/bin/false")
-    assert card.ask() == Card(reason="no word of why")
+    assert card.ask() == Card(unknown="no word of why")
     sleeper = subprocess.TimeoutExpired("", 1)
     monkeypatch.setattr(card.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(sleeper))
-    assert "more than 60 s" in card.ask().reason
+    refused = card.ask().refusal("card")
+    assert refused is not None
+    assert refused.is_failure
+    assert "not known whether there is a GPU: asking torch takes more than" in refused.why
 
 
 def test_a_build_is_for_the_cards_that_are_here() -> None:
