@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def run_stage(name: str, pieces: Sequence[Piece], out: Path, refusal: Callable[[
                 stream.flush()
 
         for piece in pieces:
-            tell(f"\n== {name}: {piece.name}: {' '.join(piece.command)}\n")
+            tell(f"\n== {name}: {piece.name}: {shlex.join(piece.command)}\n")
             refused = refusal(piece.needs) if piece.needs else None
             outcome = run(piece, tell) if refused is None else replace(refused, piece=piece.name)
             tell(f"== {name}: {piece.name}: {outcome}\n")
