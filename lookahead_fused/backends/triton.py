@@ -62,6 +62,13 @@ def version() -> str:
         return _told(error)
 
 
+def too_old() -> str:
+    """Why the Triton that is installed is too old, or ""."""
+    if tuple(int(part) for part in version().split(".")[:2]) >= OLDEST:
+        return ""
+    return f"triton {version()} is too old: install {'.'.join(map(str, OLDEST))} or newer"
+
+
 def part(spec: Spec) -> Part:
     module = native()
     assert module is not None
@@ -201,8 +208,8 @@ def _broken(device_type: str) -> str:
     try:
         from triton.runtime import driver
 
-        if tuple(int(part) for part in version().split(".")[:2]) < OLDEST:
-            return f"triton {version()} is too old: install {'.'.join(map(str, OLDEST))} or newer"
+        if too_old():
+            return too_old()
         kernels()
         served = driver.active.get_active_torch_device().type
     except Exception as error:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lookahead_fused import _build as build
+from lookahead_fused.backends.triton import too_old, version
 
 NAME = "triton-host"
 # What compiled code comes from, each file after those that it imports.
@@ -30,7 +31,8 @@ def missing() -> str:
         return build.reason("_cpu")
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    return ""
+    # Of one that does not import, its own error tells more.
+    return too_old() if version()[:1].isdigit() else ""
 
 
 @functools.cache
