@@ -33,7 +33,7 @@ class Piece:
         name: unique in its stage.
         command: the program and its arguments.
         limit: seconds after which it is killed.
-        needs: what it cannot do without: "" (nothing), "card" (a GPU) or "backend" (one that the CUDA backend serves).
+        needs: the backend that has to serve a GPU here: "cuda", "triton" or "" (none).
         environment: variables beside this process's.
     """
 

@@ -34,11 +34,11 @@ def quick(out: Path) -> list[Piece]:
     return [
         Piece("environment", [PYTHON, "-m", "lookahead_fused"], 30),
         Piece("driver", ["nvidia-smi"], 10),
-        room("bits", 55, "backend"),
-        room("bandwidth", 55, "backend"),
-        room("graphs", 25, "backend"),
-        room("times", 25, "backend"),
-        room("bits-triton", 40, "card", "--backend", "triton"),
+        room("bits", 55, "cuda"),
+        room("bandwidth", 55, "cuda"),
+        room("graphs", 25, "cuda"),
+        room("times", 25, "cuda"),
+        room("bits-triton", 40, "triton", "--backend", "triton"),
     ]
 
 
@@ -53,8 +53,8 @@ def tests(out: Path, arguments: Sequence[str]) -> list[Piece]:
         return Piece(backend, [*pytest, *chosen, *arguments, "tests"], limit, needs)
 
     return [
-        of("cuda", 330, "backend", "cuda-cuda or test_cuda_gpu"),
-        of("triton", 240, "card", "triton-cuda"),
+        of("cuda", 330, "cuda", "cuda-cuda or test_cuda_gpu"),
+        of("triton", 240, "triton", "triton-cuda"),
     ]
 
 
@@ -66,7 +66,7 @@ def sanitize() -> list[Piece]:
             [PYTHON, "-m", "bench.gpu.sanitizer", check, "--", "-m", "bench.gpu.quick", "bits",
              "--budget", f"{limit - 4 * SLACK:.0f}"],
             limit,
-            "backend",
+            "cuda",
         )
         for check, limit in limits.items()
     ]  # fmt: skip
@@ -75,15 +75,14 @@ def sanitize() -> list[Piece]:
 def bench(out: Path) -> list[Piece]:
     measured = str(out / "benchmarks.json")
     return [
-        Piece("benchmarks", [PYTHON, "-m", "bench.gpu.benchmarks", measured, "--budget", "480"], 540, "backend"),
-        Piece("ratios", [PYTHON, "-m", "bench.gpu.benchmarks", "--report", measured], 30, "backend"),
+        Piece("benchmarks", [PYTHON, "-m", "bench.gpu.benchmarks", measured, "--budget", "480"], 540, "cuda"),
+        Piece("ratios", [PYTHON, "-m", "bench.gpu.benchmarks", "--report", measured], 30, "cuda"),
     ]
 
 
 def profiled(out: Path) -> list[Piece]:
     return [
-        Piece(name, [PYTHON, "-m", "bench.gpu.profile", name, "--out", str(out)], 120, "backend")
-        for name in profile.LISTS
+        Piece(name, [PYTHON, "-m", "bench.gpu.profile", name, "--out", str(out)], 120, "cuda") for name in profile.LISTS
     ]
 
 

@@ -96,8 +96,8 @@ def test_results_are_there_while_the_next_piece_runs(tmp_path: Path) -> None:
 def test_without_a_gpu_what_needs_one_is_skipped_with_the_reason(tmp_path: Path) -> None:
     pieces = [
         shell("first", "echo told"),
-        shell("second", "exit 1", needs="card"),
-        shell("third", "exit 1", needs="backend"),
+        shell("second", "exit 1", needs="triton"),
+        shell("third", "exit 1", needs="cuda"),
     ]
     skipped = "skipped: no GPU here: none is visible"
     assert run(pieces, tmp_path, NO_GPU) == ["passed", skipped, skipped]
@@ -107,8 +107,14 @@ def test_a_gpu_that_is_not_served_is_a_failure(tmp_path: Path) -> None:
     """As a torch without CUDA would have it, or a build for other cards. Triton may serve it all the same."""
     why = "there is a GPU (Some Card 6000), and the CUDA backend does not serve it: built for 9.0"
     unserved = dataclasses.replace(SERVED, serves=False, reason="built for 9.0")
-    pieces = [shell("triton", "echo told", needs="card"), shell("tests", "echo told", needs="backend")]
+    pieces = [shell("triton", "echo told", needs="triton"), shell("tests", "echo told", needs="cuda")]
     assert run(pieces, tmp_path, unserved) == ["passed", f"FAILED: {why}"]
+
+
+def test_a_triton_that_is_too_old_is_no_failure(tmp_path: Path) -> None:
+    """And its tests, all skipped, are no success."""
+    old = dataclasses.replace(SERVED, triton="triton 3.6.0 is too old")
+    assert run([shell("triton", "echo told", needs="triton")], tmp_path, old) == ["skipped: triton 3.6.0 is too old"]
 
 
 def test_a_gpu_that_torch_does_not_see_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,23 +126,26 @@ def test_a_gpu_that_torch_does_not_see_is_a_failure(tmp_path: Path, monkeypatch:
     smi.write_text("#!/bin/sh\necho 'GPU 0: Some Card 6000'\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    refused = card.look().refusal("card")
+    refused = card.look().refusal("cuda")
     assert refused is not None
     assert refused.is_failure
     assert "(GPU 0: Some Card 6000), and the CUDA backend does not serve it" in refused.why
 
 
-def test_a_card_is_asked_for_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_is_asked_for_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that hangs in the driver, or a torch that does not load: then it is not known, and nothing is passed over."""
     assert card.ask() == card.look()
-    monkeypatch.setattr(card.sys, "executable", "/bin/false")
-    assert card.ask() == Card(unknown="no word of why")
-    sleeper = subprocess.TimeoutExpired("", 1)
-    monkeypatch.setattr(card.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(sleeper))
-    refused = card.ask().refusal("card")
+    hangs = tmp_path / "python"
+    hangs.write_text("#!/bin/sh\nsleep 600\n")
+    hangs.chmod(0o755)
+    monkeypatch.setattr(card, "LIMIT", 0.5)
+    monkeypatch.setattr(card.sys, "executable", str(hangs))
+    refused = card.ask().refusal("cuda")
     assert refused is not None
     assert refused.is_failure
-    assert "not known whether there is a GPU: asking torch takes more than" in refused.why
+    assert "not known whether there is a GPU: asking torch: KILLED" in refused.why
+    monkeypatch.setattr(card.sys, "executable", "/bin/false")
+    assert card.ask().unknown.startswith("asking torch: FAILED")
 
 
 def test_a_build_is_for_the_cards_that_are_here() -> None:
