@@ -100,7 +100,6 @@ def run(out: Path, chosen: Sequence[str], build_first: bool, arguments: Sequence
     """Runs stages in their order; True where nothing failed."""
     out.mkdir(parents=True, exist_ok=True)
     out = out.resolve()
-    (out / "report.txt").write_text("")
     made = {
         "quick": lambda: quick(out),
         "tests": lambda: tests(out, arguments),

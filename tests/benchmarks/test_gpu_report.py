@@ -181,7 +181,9 @@ def test_the_stages_run_in_their_order_and_end_with_what_became_of_them(
         "quick: environment: FAILED: exit status 2; it said last: told",
         *(f"profile: {name}: skipped: no GPU here: none is visible" for name in profile.LISTS),
     ]
+    # Stages are run one by one into one folder.
     assert stages.run(tmp_path, ["profile"], build_first=False)
+    assert (tmp_path / "report.txt").read_text().startswith(text)
 
 
 @needs_make
