@@ -6,6 +6,9 @@
 #   ARCHS    what the CUDA module of `make wheel` is built for:  make wheel ARCHS="9.0 10.0+PTX"
 #   PYTHONS  what `make release-wheel` builds for; by default python3.10, 3.11, ... that PATH has
 #   PICTURE  where `make bench` draws the ratios:  make bench PICTURE=bench/report/cpu.png
+#   SYSTEM   1: `make gpu-report` and `make sanitize` take PYTHON as it is and build in the source tree; no network
+#   OUT      the folder that `make gpu-report` leaves its stages' results in
+#   STAGE    which of its stages it runs: quick, tests, sanitize, bench, profile, or all
 #   ARGS     further arguments of the script or of pytest:  make test ARGS="-k checkpoint"
 
 PYTHON ?= python3
@@ -14,6 +17,8 @@ TORCHES ?= 2.13.0 2.14.1
 TRITONS ?= 3.4.0 3.5.1 3.6.0 3.7.1 3.8.0 3.9.0
 WORKERS ?= 2
 PICTURE ?= build/bench/ratios.png
+OUT ?= gpu-report
+STAGE ?= all
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -21,6 +26,10 @@ PIP := $(PY) -m pip --disable-pip-version-check
 # Benchmarks say nothing while two workers share the machine.
 PYTEST := -m pytest -n $(WORKERS) --dist loadgroup --benchmark-disable
 CPP_FILES = $(shell find csrc bench -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+# What runs where there is a GPU: on a machine that is shut off, the Python that is there.
+ON_SYSTEM := $(filter-out 0,$(SYSTEM))
+GPU_PY := $(if $(ON_SYSTEM),$(PYTHON),$(PY))
+GPU_NEEDS := $(if $(ON_SYSTEM),,$(VENV)/.extra-test $(VENV)/.extra-demo)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-tools lint format bench bench-cpu bench-check bench-baseline bench-predict wheel release-wheel test-torches test-tritons sanitize sanitize-cpu gpu-report clean
@@ -61,7 +70,7 @@ bench: $(VENV)/.extra-test $(VENV)/.extra-demo ## every benchmark on this CPU: a
 	@mkdir -p build/bench
 	$(PY) $(BENCH) --benchmark-json=build/bench/bench.json $(ARGS)
 	$(PY) -m bench.report build/bench/bench.json --html build/bench/report.html --picture $(PICTURE) \
-	  --gpu gpu-report.json
+	  --gpu $(OUT)/benchmarks.json
 
 bench-check: $(VENV)/.extra-test ## compare with bench/suites/baseline.json (ARGS=--counts: without ratios of times)
 	$(PY) -m bench.suites.gate check $(ARGS)
@@ -70,7 +79,7 @@ bench-baseline: $(VENV)/.extra-test ## renew bench/suites/baseline.json (ARGS=--
 	$(PY) -m bench.suites.gate baseline $(ARGS)
 
 bench-predict: $(VENV)/.extra-demo ## a prediction for GPUs, beside what make gpu-report measured
-	$(PY) -m bench.report.predict gpu-report.json
+	$(PY) -m bench.report.predict $(OUT)/benchmarks.json
 
 bench-cpu: $(VENV)/.built ## step times against torch's optimizers on this CPU
 	$(PY) -m bench.suites.cpu $(ARGS)
@@ -83,35 +92,18 @@ wheel: $(VENV)/.tools ## a wheel in dist/, and what machine code is in it
 release-wheel: $(VENV)/.extra-release ## one wheel in dist/ for every Python found and every Linux on x86-64, checked
 	$(PY) csrc/release_wheel.py $(PYTHONS)
 
-# Where there is a GPU. Each tool runs the tests that launch kernels; PyTorch's caching of memory would hide from it
-# where a tensor ends.
+# Where there is a GPU. Each check runs the tests that launch kernels.
 SANITIZED := --backend cuda -m "not slow" -k "(test_rules or test_layout) and cuda-cuda or test_cuda_gpu and not graph"
-SANITIZE := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 --launch-timeout 0 \
-  --kernel-regex kns=lookahead_fused
-sanitize: $(VENV)/.extra-test sanitizer-found ## compute-sanitizer's memcheck, racecheck and initcheck over the CUDA tests
-	@$(PY) -c 'import lookahead_fused as l; s = l.backends()["cuda"]; s.available or exit("nothing to check: " + s.reason)'
-	@set -e; for check in memcheck racecheck initcheck; do \
-	  echo "== $$check"; \
-	  $(SANITIZE) --tool $$check $(PY) -m pytest -q -p no:cacheprovider --benchmark-disable $(SANITIZED) $(ARGS) tests; \
-	done
+sanitize: $(GPU_NEEDS) ## compute-sanitizer's memcheck, racecheck and initcheck over the CUDA tests
+	@$(GPU_PY) -c 'import lookahead_fused as l; s = l.backends()["cuda"]; s.available or exit("nothing to check: " + s.reason)'
+	$(GPU_PY) -m bench.gpu.sanitizer memcheck racecheck initcheck -- \
+	  -m pytest -q -p no:cacheprovider $(SANITIZED) $(ARGS) tests
 
 sanitize-cpu: $(VENV)/.extra-test ## the suite over a CPU module with ASan and UBSan in it (QUICK=1: a part of it)
 	$(PY) tests/sanitize_cpu.py $(if $(filter-out 0,$(QUICK)),--quick) -n $(WORKERS) --dist loadgroup $(ARGS)
 
-.PHONY: sanitizer-found
-sanitizer-found:
-	@command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not on PATH; it comes with the CUDA toolkit, \
-	and with NVIDIA's package nvidia-cuda-sanitizer-api (in nvidia/cu13/bin of site-packages)"; exit 1; }
-
-gpu-report: $(VENV)/.extra-test $(VENV)/.extra-demo ## all that a first GPU is for: gpu-report.txt and .json
-	@$(PY) -m bench.gpu.stages gpu-report.txt \
-	  environment "$(PY) -m lookahead_fused" \
-	  --gpu driver "nvidia-smi" \
-	  tests "$(PY) -m pytest -q -p no:cacheprovider --benchmark-disable -k \"cuda or triton\" $(ARGS) tests" \
-	  --gpu sanitizer "make --no-print-directory sanitize" \
-	  --gpu benchmark "$(PY) $(BENCH) --device cuda --benchmark-json=gpu-report.json" \
-	  --gpu ratios "$(PY) -m bench.report gpu-report.json" \
-	  --gpu prediction "$(PY) -m bench.report.predict gpu-report.json"
+gpu-report: $(GPU_NEEDS) ## all that a GPU is for, in stages, into $(OUT) (SYSTEM=1: no environment, no network)
+	@$(GPU_PY) -m bench.gpu.stages --out $(OUT) --only $(STAGE) $(if $(ON_SYSTEM),--build) -- $(ARGS)
 
 # PYTHONSAFEPATH keeps the source tree off sys.path; the suite checks that it runs the package it is told to expect.
 test-torches: $(VENV)/.tools ## the tests of the package against one wheel under each release in TORCHES

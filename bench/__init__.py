@@ -1,6 +1,6 @@
 """How fast the optimizers are, what they cost, and what else can be known of them without a user's program.
 
-Rooms, from the bottom up: cuda_on_host, gpu, harness, cases, suites, report, demo. A room imports only from those
+Rooms, from the bottom up: cuda_on_host, harness, cases, suites, report, gpu, demo. A room imports only from those
 before it, and none from the tests. What a room is for stands in its docstring.
 """
 

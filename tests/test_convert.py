@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import schedulefree
 import torch
 from helpers import EXTERNAL_CLASSES, TORCH_CLASSES, BackendCase, assert_unchanged, to_numpy
 from runs import advance, copies, fresh, gradients_of, tensors_of, through_a_file
@@ -17,6 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import lookahead_fused
 from lookahead_fused import EMA, LookaheadAdamW, convert
+
+schedulefree = pytest.importorskip("schedulefree", reason="schedulefree is not installed; it is in the extra 'test'")
 
 BASES: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 0.1, "weight_decay": 0.1},

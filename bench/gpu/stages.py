@@ -1,90 +1,143 @@
-"""Runs stages and writes one report of them: `python -m bench.gpu.stages FILE [--gpu] NAME COMMAND ...`.
+"""All that a first GPU is for, in stages with limits of their own, the one that tells most first.
 
-A stage after `--gpu` needs a GPU. Where there is none, it is skipped, and the report says so and why; where there is
-one that the CUDA backend does not serve, that is a failure. A stage that fails does not keep the others from running;
-the report ends with what became of each, and the exit status is 1 if any failed.
+    python -m bench.gpu.stages --out FOLDER [--build] [--only STAGE ...] [-- ARGUMENTS OF PYTEST]
+
+bench/gpu/README.md tells what the stages are and what they leave. Where there is no GPU, what needs one is skipped and
+says why; where there is one that the CUDA backend does not serve, that is a failure. The exit status is 1 if anything
+failed.
 """
 
 from __future__ import annotations
 
-import subprocess
+import argparse
+import functools
+import importlib.util
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TextIO
+
+from bench.gpu import card, profile
+from bench.gpu.runner import Outcome, Piece, run_stage
+
+PYTHON = sys.executable
+STAGES = ("quick", "tests", "sanitize", "bench", "profile")
+# Importing torch from a disk that has just been mounted, and what had been begun when a budget was spent.
+SLACK = 12.0
 
 
-class Stage(NamedTuple):
-    """A shell command, and whether it is for a GPU."""
+def quick(out: Path) -> list[Piece]:
+    def room(name: str, limit: float, needs: str, *options: str) -> Piece:
+        command = [PYTHON, "-m", "bench.gpu.quick", name.partition("-")[0], "--out", str(out), "--name", name]
+        return Piece(name, [*command, "--budget", f"{limit - SLACK:.0f}", *options], limit, needs)
 
-    name: str
-    command: str
-    needs_gpu: bool
-
-
-def parse(words: Sequence[str]) -> list[Stage]:
-    """The stages of a command line; `--gpu` before a name is for that stage."""
-    stages, left = [], list(words)
-    while left:
-        needs_gpu = left[0] == "--gpu"
-        name, command, *left = left[1:] if needs_gpu else left
-        stages.append(Stage(name, command, needs_gpu))
-    return stages
+    return [
+        Piece("environment", [PYTHON, "-m", "lookahead_fused"], 30),
+        Piece("driver", ["nvidia-smi"], 10),
+        room("bits", 55, "cuda"),
+        room("bandwidth", 55, "cuda"),
+        room("graphs", 25, "cuda"),
+        room("times", 25, "cuda"),
+        room("bits-triton", 40, "triton", "--backend", "triton"),
+    ]
 
 
-def gpu_found() -> tuple[bool, str]:
-    """Whether there is a GPU that serves, and if not, why; an error where there is one and it does not."""
-    import torch
+def tests(out: Path, arguments: Sequence[str]) -> list[Piece]:
+    """The tests that launch kernels, of one backend after the other."""
+    workers = ["-n", "4", "--dist", "loadgroup"] if _installed("xdist") else []
+    quiet = ["-q", "-p", "no:cacheprovider", *(["--benchmark-disable"] if _installed("pytest_benchmark") else [])]
+    pytest = [PYTHON, "-m", "pytest", *quiet, *workers, "--ignore", "tests/building", "--ignore", "tests/benchmarks"]
 
-    import lookahead_fused
+    def of(backend: str, limit: float, needs: str, selected: str) -> Piece:
+        chosen = ["--backend", backend, "-k", selected, f"--junitxml={out / f'tests-{backend}.xml'}"]
+        return Piece(backend, [*pytest, *chosen, *arguments, "tests"], limit, needs)
 
-    status = lookahead_fused.backends()["cuda"]
-    if status.available:
-        return True, ""
-    # Not torch's word alone: a build of torch without CUDA sees no GPU where there is one.
-    driver = subprocess.run("nvidia-smi -L", shell=True, capture_output=True, text=True, check=False)
-    if torch.cuda.is_available() or (driver.returncode == 0 and "GPU" in driver.stdout):
-        raise RuntimeError(f"there is a GPU, and the CUDA backend does not serve it: {status.reason}")
-    return False, f"no GPU here: {status.reason}"
+    return [
+        of("cuda", 330, "cuda", "cuda-cuda or test_cuda_gpu"),
+        of("triton", 240, "triton", "triton-cuda"),
+    ]
 
 
-def run(stages: Iterable[Stage], report: TextIO) -> bool:
-    """Runs the stages, their output to the terminal and into the report; True where none failed."""
+def sanitize() -> list[Piece]:
+    limits = {"memcheck": 220.0, "racecheck": 200.0, "initcheck": 150.0}
+    return [
+        Piece(
+            check,
+            [PYTHON, "-m", "bench.gpu.sanitizer", check, "--", "-m", "bench.gpu.quick", "bits",
+             "--budget", f"{limit - 4 * SLACK:.0f}"],
+            limit,
+            "cuda",
+        )
+        for check, limit in limits.items()
+    ]  # fmt: skip
 
-    def tell(text: str) -> None:
-        for stream in (sys.stdout, report):
-            stream.write(text)
-            stream.flush()
 
+def bench(out: Path) -> list[Piece]:
+    measured = str(out / "benchmarks.json")
+    return [
+        Piece("benchmarks", [PYTHON, "-m", "bench.gpu.benchmarks", measured, "--budget", "480"], 540, "cuda"),
+        Piece("ratios", [PYTHON, "-m", "bench.gpu.benchmarks", "--report", measured], 30, "cuda"),
+    ]
+
+
+def profiled(out: Path) -> list[Piece]:
+    return [
+        Piece(name, [PYTHON, "-m", "bench.gpu.profile", name, "--out", str(out)], 120, "cuda") for name in profile.LISTS
+    ]
+
+
+def build(architectures: Sequence[str]) -> list[Piece]:
+    """The modules in the source tree, for the cards that are here alone; without one, for what the environment says."""
+    environment = {"TORCH_CUDA_ARCH_LIST": " ".join(architectures)} if architectures else {}
+    return [Piece("build", [PYTHON, "setup.py", "-q", "build_ext", "--inplace"], 300, environment=environment)]
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def run(out: Path, chosen: Sequence[str], build_first: bool, arguments: Sequence[str] = ()) -> bool:
+    """Runs stages in their order; True where nothing failed."""
+    out.mkdir(parents=True, exist_ok=True)
+    out = out.resolve()
+    made = {
+        "quick": lambda: quick(out),
+        "tests": lambda: tests(out, arguments),
+        "sanitize": sanitize,
+        "bench": lambda: bench(out),
+        "profile": lambda: profiled(out),
+    }
+    asked = functools.cache(card.ask)
+    outcomes: dict[str, list[Outcome]] = {}
     try:
-        serves, reason = gpu_found()
-        failure = ""
-    except RuntimeError as error:
-        serves, reason, failure = False, "", str(error)
-    outcomes = []
-    for stage in stages:
-        tell(f"\n== {stage.name}: {stage.command}\n")
-        if stage.needs_gpu and not serves:
-            outcome = f"FAILED: {failure}" if failure else f"skipped: {reason}"
-        else:
-            process = subprocess.Popen(
-                stage.command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-            )
-            assert process.stdout is not None
-            for line in process.stdout:
-                tell(line)
-            status = process.wait()
-            outcome = f"FAILED with exit status {status}" if status else "passed"
-        tell(f"== {stage.name} {outcome}\n")
-        outcomes.append((stage.name, outcome))
-    tell("\n== all stages\n" + "".join(f"{name}: {outcome}\n" for name, outcome in outcomes))
-    return not any(outcome.startswith("FAILED") for _, outcome in outcomes)
+        if build_first:
+            outcomes["build"] = run_stage("build", build(asked().architectures), out, asked().refusal)
+            asked.cache_clear()
+        for name in STAGES:
+            if name in chosen:
+                outcomes[name] = run_stage(name, made[name](), out, lambda needs: asked().refusal(needs))
+    finally:
+        lines = [f"{stage}: {outcome.piece}: {outcome}" for stage, own in outcomes.items() for outcome in own]
+        summary = "\n".join(["", "== all stages", *lines, ""])
+        print(summary, flush=True)
+        with (out / "report.txt").open("a", encoding="utf-8") as report:
+            report.write(summary)
+    return not any(outcome.is_failure for own in outcomes.values() for outcome in own)
 
 
-def main(file: str, *words: str) -> int:
-    with Path(file).open("w", encoding="utf-8") as report:
-        return 0 if run(parse(words), report) else 1
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench.gpu.stages", description="a report of a GPU", allow_abbrev=False)
+    parser.add_argument("--out", type=Path, required=True, help="the folder for all that the stages leave")
+    parser.add_argument("--only", nargs="+", choices=(*STAGES, "all"), default=["all"], metavar="STAGE",
+                        help=f"{', '.join(STAGES)} or all")  # fmt: skip
+    parser.add_argument("--build", action="store_true", help="build the modules for the cards that are here first")
+    parser.add_argument("arguments", nargs="*", help="further arguments of pytest in the stage of the tests")
+    options = parser.parse_args(words)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    chosen = STAGES if "all" in options.only else options.only
+    return 0 if run(options.out, chosen, options.build, options.arguments) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,6 @@
 """A PREDICTION of step times on GPUs that nobody here has, from bytes and launches; and what a GPU then measured.
 
-    python -m bench.report.predict [gpu-report.json]
+    python -m bench.report.predict [gpu-report/benchmarks.json]
 
 Predicted time = bytes / published bandwidth + launches x `LAUNCH`. It is a bound and not a measurement: no kernel
 reaches the published bandwidth, and a cache that holds a small model's state exceeds it. `make gpu-report` measures,

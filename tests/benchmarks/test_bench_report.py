@@ -1,4 +1,4 @@
-"""What the benchmarks write: pytest-benchmark's format, the table, the page and its pictures, the GPU's clock."""
+"""What the benchmarks write: pytest-benchmark's format, the table, the page and its pictures."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 from bench.cases import opponents, parameters
 from bench.cases.opponents import OURS, PLAIN, SYNC, Setting
 from bench.harness import memory, processes
-from bench.harness.device import Cpu, Cuda
+from bench.harness.device import Cpu
 from bench.harness.figures import Unavailable
-from bench.harness.measure import Effort, Schedule, Side
+from bench.harness.measure import Effort
 from bench.report import page, pictures, predict, tables
 from bench.suites import cpu, steps
 
@@ -125,74 +125,6 @@ def test_a_run_on_a_gpu_fills_its_own_rows() -> None:
     [row] = filled
     assert row[:2] == ["GPT-2 small", "H100 SXM"]
     assert row[-4:] == ["1.200", "—", "1.50×", "0.96×"]
-
-
-class Events:
-    """torch.cuda, as far as the clock uses it: events take the time when the device gets to them."""
-
-    def __init__(self) -> None:
-        self.device_time = 0.0
-        self.flushes = 0
-        events = self
-
-        class Event:
-            def __init__(self, enable_timing: bool) -> None:
-                assert enable_timing
-                self.at = -1.0
-
-            def record(self) -> None:
-                self.at = events.device_time
-
-            def synchronize(self) -> None:
-                assert self.at >= 0
-
-            def elapsed_time(self, other: Any) -> float:
-                return 1e3 * float(other.at - self.at)
-
-        self.Event = Event
-
-    def get_device_properties(self, index: int) -> Any:
-        return type("", (), {"L2_cache_size": 1 << 20})
-
-    def mem_get_info(self) -> tuple[int, int]:
-        return 5, 9
-
-
-def test_the_gpus_clock_times_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    events = Events()
-    device = Cuda(cuda=events, device="cpu", copy_bytes=64)
-
-    def flush() -> None:
-        events.flushes += 1
-        events.device_time += 100  # a flush takes longer than any step
-
-    monkeypatch.setattr(device, "flush", flush)
-
-    def work(seconds: float) -> None:
-        events.device_time += seconds
-
-    sides = [
-        Side("fast", lambda: work(1.0), lambda: work(7.0)),
-        Side("slow", lambda: work(3.0)),
-    ]
-    samples = device.interleave(sides, Schedule(rounds=3, turns=2, steps=2))
-    assert samples == {"fast": pytest.approx([1.0] * 3), "slow": pytest.approx([3.0] * 3)}
-    assert events.flushes == 2 * 4 * 2 * 2  # every step of every side, the warm-up's too
-    assert device.available_bytes() == 5
-
-
-def test_the_flush_writes_more_than_the_cache_holds() -> None:
-    device = Cuda(cuda=Events(), device="cpu")
-    device.flush()
-    assert device._flushed is not None
-    assert device._flushed.nbytes == 4 << 20
-
-
-def test_the_share_of_a_copy() -> None:
-    """A copy reads and writes its buffer: a step of twice as many bytes takes as long at its bandwidth."""
-    device = Cuda(cuda=Events(), device="cpu", copy_bytes=1000)
-    assert device.ceiling_seconds_per_step(1.0, 2000) == pytest.approx(1.0)
-    assert device.ceiling_seconds_per_step(1.0, 500) == pytest.approx(0.25)
 
 
 # ------------------------------------------------------------------------------------------------------------
