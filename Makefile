@@ -3,6 +3,7 @@
 #   TORCH    what `pip install` is told to get torch:  make test TORCH="torch==2.14.1"
 #   TORCHES  the releases that `make test-torches` runs one wheel under
 #   ARCHS    what the CUDA module of `make wheel` is built for:  make wheel ARCHS="9.0 10.0+PTX"
+#   BASE     the revision that `make bench-compare` compares this tree with:  make bench-compare BASE=v0.1.0
 #   PICTURE  where `make bench` draws the ratios:  make bench PICTURE=bench/report/cpu.png
 #   ARGS     further arguments of the script or of pytest:  make test ARGS="-k checkpoint"
 
@@ -20,7 +21,7 @@ PYTEST := -m pytest -n $(WORKERS) --dist loadgroup --benchmark-disable
 CPP_FILES = $(shell find csrc bench -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tools lint format bench bench-cpu bench-check bench-baseline bench-predict wheel test-torches sanitize sanitize-cpu gpu-report clean
+.PHONY: help demo test test-tools lint format bench bench-cpu bench-compare bench-check bench-baseline bench-predict wheel test-torches sanitize sanitize-cpu gpu-report clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +60,14 @@ bench: $(VENV)/.extra-test $(VENV)/.extra-demo ## every benchmark on this CPU: a
 	$(PY) $(BENCH) --benchmark-json=build/bench/bench.json $(ARGS)
 	$(PY) -m bench.report build/bench/bench.json --html build/bench/report.html --picture $(PICTURE) \
 	  --gpu gpu-report.json
+
+# The base is built without CUDA: steps on a CPU are compared.
+bench-compare: $(VENV)/.built ## is this tree slower than a revision: make bench-compare BASE=main
+	@test -n "$(BASE)" || { echo "name the revision to compare with: make bench-compare BASE=main"; exit 2; }
+	rm -rf build/bench/base && mkdir -p build/bench/base
+	git archive $(BASE) | tar -x -C build/bench/base
+	cd build/bench/base && LOOKAHEAD_FUSED_CUDA=0 $(CURDIR)/$(PY) setup.py -q build_ext --inplace
+	$(PY) -m lookahead_fused.bench compare build/bench/base . $(ARGS)
 
 bench-check: $(VENV)/.extra-test ## compare with bench/suites/baseline.json (ARGS=--counts: without ratios of times)
 	$(PY) -m bench.suites.gate check $(ARGS)
