@@ -65,7 +65,6 @@ def test_what_is_too_noisy_to_tell_is_undecided_and_not_slower() -> None:
     """Where nothing is known it must not be decided by which side happened to be ahead."""
     generator = random.Random(3)
     verdicts = [verdict(drawn(generator, 0.0, 0.003, 4, scatter=0.2)) for _ in range(100)]
-    assert verdicts.count("undecided") >= 70
     assert verdicts.count("undecided") >= 80
     assert verdicts.count("slower") <= 2
 
