@@ -5,6 +5,7 @@
 #   TRITONS  the releases whose machine code `make test-tritons` reads
 #   ARCHS    what the CUDA module of `make wheel` is built for:  make wheel ARCHS="9.0 10.0+PTX"
 #   PYTHONS  what `make release-wheel` builds for; by default python3.10, 3.11, ... that PATH has
+#   BASE     the revision that `make bench-compare` compares this tree with:  make bench-compare BASE=v0.1.0
 #   PICTURE  where `make bench` draws the ratios:  make bench PICTURE=bench/report/cpu.png
 #   SYSTEM   1: `make gpu-report` and `make sanitize` take PYTHON as it is and build in the source tree; no network
 #   OUT      the folder that `make gpu-report` leaves its stages' results in
@@ -32,7 +33,7 @@ GPU_PY := $(if $(ON_SYSTEM),$(PYTHON),$(PY))
 GPU_NEEDS := $(if $(ON_SYSTEM),,$(VENV)/.extra-test $(VENV)/.extra-demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tools lint format bench bench-cpu bench-check bench-baseline bench-predict wheel release-wheel test-torches test-tritons sanitize sanitize-cpu gpu-report clean
+.PHONY: help demo test test-tools lint format bench bench-cpu bench-compare bench-check bench-baseline bench-predict wheel release-wheel test-torches test-tritons sanitize sanitize-cpu gpu-report clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +72,14 @@ bench: $(VENV)/.extra-test $(VENV)/.extra-demo ## every benchmark on this CPU: a
 	$(PY) $(BENCH) --benchmark-json=build/bench/bench.json $(ARGS)
 	$(PY) -m bench.report build/bench/bench.json --html build/bench/report.html --picture $(PICTURE) \
 	  --gpu $(OUT)/benchmarks.json
+
+# The base is built without CUDA: steps on a CPU are compared.
+bench-compare: $(VENV)/.built ## is this tree slower than a revision: make bench-compare BASE=main
+	@test -n "$(BASE)" || { echo "name the revision to compare with: make bench-compare BASE=main"; exit 2; }
+	rm -rf build/bench/base && mkdir -p build/bench/base
+	git archive $(BASE) | tar -x -C build/bench/base
+	cd build/bench/base && LOOKAHEAD_FUSED_CUDA=0 $(CURDIR)/$(PY) setup.py -q build_ext --inplace
+	$(PY) -m lookahead_fused.bench compare build/bench/base . $(ARGS)
 
 bench-check: $(VENV)/.extra-test ## compare with bench/suites/baseline.json (ARGS=--counts: without ratios of times)
 	$(PY) -m bench.suites.gate check $(ARGS)

@@ -2,6 +2,9 @@
 
 Rooms, from the bottom up: cuda_on_host, harness, cases, suites, report, gpu, demo. A room imports only from those
 before it, and none from the tests. What a room is for stands in its docstring.
+
+Below them all lies `lookahead_fused.bench`, which is installed with the package: turns, samples, devices, lists of
+parameters, opponents, and the command that compares two installs.
 """
 
 import os

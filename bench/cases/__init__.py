@@ -1,1 +1,1 @@
-"""What is measured: lists of parameters, settings, opponents, and the bytes that a step must move."""
+"""What a step must move and launch, by arithmetic."""

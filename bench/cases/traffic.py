@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from bench.cases.opponents import PLAIN, SYNC, Setting
-from bench.cases.parameters import Shape
+from lookahead_fused.bench.opponents import PLAIN, SYNC, Setting
+from lookahead_fused.bench.parameters import Shape
 
 # of one array: read or written once
 FP32, HALF = 4, 2

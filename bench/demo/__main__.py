@@ -39,7 +39,8 @@ from bench.demo.check import departures
 from bench.demo.models import GPT, ConvNet
 from bench.demo.runs import FUSED, PLAIN, SEED, UNFUSED, Task
 from bench.demo.train import TaskResult, run_task
-from bench.harness.conditions import conditions, describe
+from lookahead_fused.bench.conditions import conditions, describe
+from lookahead_fused.bench.cores import core_seconds, waited_share
 
 CONTEXT = 64
 OUT = Path(__file__).resolve().parents[2] / "build" / "demo"
@@ -99,9 +100,9 @@ def run(chosen: Sequence[Task], out: Path, backend: str) -> int:
     used = backend_in_use(backend)
     described = f"{describe(where)}\nlookahead_fused {lookahead_fused.__version__}, backend {used}"
 
-    before = cores.core_seconds()
+    before = core_seconds()
     results = train(chosen, backend, console)
-    waited = cores.waited_share(before, cores.core_seconds())
+    waited = waited_share(before, core_seconds())
     described += f"\n{disturbance(waited)}"
     report.print_tables(results, described, console)
     picture, figures = out / "demo.png", out / "demo.json"
@@ -148,7 +149,7 @@ def train(chosen: Sequence[Task], backend: str, console: Console) -> list[TaskRe
 
 
 def disturbance(waited: float | None) -> str:
-    """What other work on the machine did to the run, in words; ``waited`` as of ``cores.waited_share``."""
+    """What other work on the machine did to the run, in words; ``waited`` as of ``waited_share``."""
     policy = os.environ.get("OMP_WAIT_POLICY", "default")
     said = f"OMP_WAIT_POLICY: {policy}; share of its time that this process waited for a core: "
     if waited is None:

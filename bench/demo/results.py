@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import Optimizer
 
-from bench.cases.opponents import ForeachSync
 from bench.demo.data import Batch
 from bench.demo.runs import K, Run
-from bench.harness import memory
-from bench.harness.samples import spread
+from lookahead_fused.bench import memory
+from lookahead_fused.bench.opponents import ForeachSync
+from lookahead_fused.bench.samples import spread
 
 # What a final training loss is averaged over: one batch's says as much about the batch as about the weights.
 LAST_STEPS = 20

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from bench.cases.opponents import ForeachSync
 from bench.demo.data import Batch, Data
 from lookahead_fused import LookaheadAdamW
+from lookahead_fused.bench.opponents import ForeachSync
 
 FUSED = "Lookahead, fused (ours)"
 UNFUSED = "Lookahead, unfused"

@@ -1,1 +1,1 @@
-"""Measures sides against each other, and knows neither optimizers nor lists of parameters."""
+"""What measuring needs beyond `lookahead_fused.bench`: a compiled ceiling, processes, the cores' state, reports."""

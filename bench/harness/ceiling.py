@@ -16,6 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lookahead_fused.bench.device import Cuda, Device
+from lookahead_fused.bench.measure import Schedule, Side, interleave
+from lookahead_fused.bench.samples import fastest
+
 
 class _Row(ctypes.Structure):
     _fields_ = [
@@ -113,3 +117,19 @@ class Ceiling:
         number = variants().index(self.variant)
         result: int = library().ceiling_pass(number, self.table, count, self.per_word, slow, self.mask, threads)
         return result
+
+
+def ceilings(device: Device, rows: Sequence[Sequence[Tensor]], k: int) -> list[Side]:
+    """On a CPU the two fastest of the loops over an optimizer's own tensors: too near each other to be told apart here.
+
+    A GPU has a ceiling of its own.
+    """
+    if isinstance(device, Cuda):
+        return device.ceilings(rows, k)
+    never = 1 << 30  # no pass of a short trial moves the slow weights
+    trials = [loop for name in variants() if (loop := Ceiling(name, rows, never)).works]
+    tried = interleave([Side(loop.variant, loop.step) for loop in trials], Schedule(rounds=3))
+    names = [loop.variant for loop in trials]
+    best = fastest(tried, names)
+    second = fastest(tried, [name for name in names if name != best])
+    return [Side(f"ceiling, {name}", Ceiling(name, rows, k).step) for name in (best, second)]

@@ -58,27 +58,6 @@ def busy_share(seconds: float = 0.5) -> float | None:
     return 1 - idle / total
 
 
-def core_seconds(tasks: Path = Path("/proc/self/task")) -> tuple[float, float] | None:
-    """Seconds that this process's threads ran, and waited for a core while ready to; None except on Linux."""
-    told = []
-    for thread in tasks.iterdir() if tasks.exists() else ():
-        try:
-            told.append((thread / "schedstat").read_text().split())
-        except OSError:  # it ended since it was listed
-            continue
-    if not told:
-        return None
-    return sum(int(ran) for ran, _, _ in told) / 1e9, sum(int(waited) for _, waited, _ in told) / 1e9
-
-
-def waited_share(before: tuple[float, float] | None, after: tuple[float, float] | None) -> float | None:
-    """Of the time between two ``core_seconds()`` in which threads ran or could have, how much they waited."""
-    if before is None or after is None:
-        return None
-    ran, waited = after[0] - before[0], after[1] - before[1]
-    return waited / (ran + waited)
-
-
 def _core_times() -> tuple[int, int] | None:
     """Idle and total time of all cores since the start of the system, in ticks."""
     try:

@@ -7,7 +7,7 @@ import statistics
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from bench.harness.samples import Samples, Spread, spread
+from lookahead_fused.bench.samples import Samples, Spread, spread
 
 LABEL_WIDTH = 72
 # Others' share of the cores up to which a run is believed. Beyond it ratios do not merely scatter, they shift: sides
@@ -15,10 +15,6 @@ LABEL_WIDTH = 72
 QUIET = 0.05
 # ratio: how many times faster than `of`; share: of a bandwidth ceiling; the rest name themselves.
 KINDS = ("ratio", "share", "rate", "host", "memory", "state", "growth", "first step", "count", "other")
-
-
-class Unavailable(Exception):
-    """A benchmark that cannot be made here; the message says why."""
 
 
 @dataclass(frozen=True)

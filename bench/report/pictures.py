@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from bench.cases.opponents import MASTERS, OURS, PLAIN, SYNC
+from lookahead_fused.bench.opponents import MASTERS, OURS, PLAIN, SYNC
 
 # Colours that stay apart for colour-blind readers and in grey.
 INK, PALE, RULE = "#1a1a1a", "#757575", "#e6e6e6"

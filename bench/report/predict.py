@@ -18,8 +18,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.cases import parameters, traffic
-from bench.cases.opponents import OURS, PLAIN, SYNC, K, Setting
+from bench.cases import traffic
+from lookahead_fused.bench import parameters
+from lookahead_fused.bench.opponents import OURS, PLAIN, SYNC, K, Setting
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from bench.harness.figures import QUIET, Figure
-from bench.harness.samples import Spread
 from bench.report import pictures
+from lookahead_fused.bench.samples import Spread
 
 Rows = list[list[str]]
 RATIOS = ("ratio", "growth", "first step")

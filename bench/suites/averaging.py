@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 import lookahead_fused
-from bench.cases import parameters
-from bench.cases.opponents import HYPERPARAMETERS, OURS, PLAIN
-from bench.harness.device import Device
-from bench.harness.figures import Report, Unavailable
-from bench.harness.measure import Effort, Side
+from bench.harness.figures import Report
 from bench.suites.family import adamw, report
+from lookahead_fused.bench import parameters
+from lookahead_fused.bench.device import Device
+from lookahead_fused.bench.measure import Effort, Side, Unavailable
+from lookahead_fused.bench.opponents import HYPERPARAMETERS, OURS, PLAIN
 
 PUBLISHED_GPA, FOREACH_GPA = "GPA per tensor", "torch fused + foreach GPA"
 PACKAGE = "schedulefree's AdamWScheduleFree"

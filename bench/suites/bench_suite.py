@@ -1,9 +1,9 @@
 """The benchmarks under pytest-benchmark: `make bench`, or pytest bench/suites/bench_suite.py [--device cuda] [-k NAME].
 
 pytest-benchmark times one function over and over, and so cannot let several take turns. The sides of a benchmark are
-interleaved by harness/measure.py as ever; the samples of ours are then replayed through the fixture, which writes them
-in its format, and all the rest (ratios with quartiles, samples of every side, shares, targets, conditions) is in
-extra_info.
+interleaved by `lookahead_fused.bench.measure` as ever; the samples of ours are then replayed through the fixture,
+which writes them in its format, and all the rest (ratios with quartiles, samples of every side, shares, targets,
+conditions) is in extra_info.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 
-from bench.cases.opponents import OURS
-from bench.harness.device import Device
-from bench.harness.figures import Unavailable
-from bench.harness.measure import Effort
 from bench.harness.replay import Replay, now
 from bench.suites import counts, instructions, suite
+from lookahead_fused.bench.device import Device
+from lookahead_fused.bench.measure import Effort, Unavailable
+from lookahead_fused.bench.opponents import OURS
 
 
 @pytest.mark.benchmark(timer=now, disable_gc=True)

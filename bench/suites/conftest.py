@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench.harness.conditions import conditions
-from bench.harness.device import Device
-from bench.harness.measure import Effort
 from bench.suites import suite
 from bench.suites.cpu import package
+from lookahead_fused.bench.conditions import conditions
+from lookahead_fused.bench.device import Device
+from lookahead_fused.bench.measure import Effort
 
 _skipped: dict[str, str] = {}
 

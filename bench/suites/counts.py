@@ -20,10 +20,6 @@ import torch
 from torch.optim import AdamW, NAdam
 
 from bench import cuda_on_host
-from bench.cases import opponents, parameters
-from bench.cases.opponents import Setting
-from bench.harness.figures import Unavailable
-from bench.harness.memory import allocated_bytes, state_bytes
 from lookahead_fused import (
     EMA,
     GPA,
@@ -35,6 +31,10 @@ from lookahead_fused import (
     ScheduleFree,
 )
 from lookahead_fused.backends import BACKENDS
+from lookahead_fused.bench import opponents, parameters
+from lookahead_fused.bench.measure import Unavailable
+from lookahead_fused.bench.memory import allocated_bytes, state_bytes
+from lookahead_fused.bench.opponents import Setting
 
 # The rest of the family in fp32, each with its events in steps of even number: what a step moves, and what is kept.
 FAMILY: dict[str, Callable[[list[torch.nn.Parameter], str], Any]] = {

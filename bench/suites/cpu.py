@@ -2,8 +2,8 @@
 
     python -m bench.suites.cpu [--only NAME ...] [--json FILE] [--rounds N] [--threads N] [--strict]
 
-All sides of a benchmark live in one process of its own and take turns; harness/measure.py says how, and why only ratios
-count. The same benchmarks with less effort, and the rest of them, are in `make bench`.
+All sides of a benchmark live in one process of its own and take turns; `lookahead_fused.bench.measure` says how, and
+why only ratios count. The same benchmarks with less effort, and the rest of them, are in `make bench`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from pathlib import Path
 import torch
 
 import lookahead_fused
-from bench.harness.conditions import conditions, describe
-from bench.harness.device import Cpu
-from bench.harness.figures import Unavailable
-from bench.harness.measure import Effort
 from bench.suites import suite
+from lookahead_fused.bench.conditions import conditions, describe
+from lookahead_fused.bench.device import Cpu
+from lookahead_fused.bench.measure import Effort, Unavailable
 
 # Times as many rounds as in `make bench`, and no end to them: here nothing else is measured.
 SCALE = 2.5

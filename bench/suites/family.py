@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from bench.cases import opponents, parameters
-from bench.cases.opponents import HYPERPARAMETERS, OURS, PLAIN, Setting, Steps
-from bench.harness.device import Device
 from bench.harness.figures import Figure, Report
-from bench.harness.measure import Effort, Side
-from bench.harness.samples import ratio
-from bench.suites.steps import GRADIENTS, schedule
+from bench.suites.steps import GRADIENTS
 from lookahead_fused import EMA, Lookahead
+from lookahead_fused.bench import opponents, parameters
+from lookahead_fused.bench.device import Device
+from lookahead_fused.bench.measure import Effort, Side, schedule
+from lookahead_fused.bench.opponents import HYPERPARAMETERS, OURS, PLAIN, Setting, Steps
+from lookahead_fused.bench.samples import ratio
 
 DECAY = 0.999
 FOREACH_EMA, AVERAGED_MODEL = "torch fused + _foreach_lerp_", "torch fused + AveragedModel"

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 
 from bench.harness import processes
-from bench.harness.conditions import conditions
-from bench.harness.device import Cpu
-from bench.harness.figures import Figure, Unavailable
-from bench.harness.measure import Effort
-from bench.harness.samples import Spread
+from bench.harness.figures import Figure
 from bench.suites import counts, instructions, suite
+from lookahead_fused.bench.conditions import conditions
+from lookahead_fused.bench.device import Cpu
+from lookahead_fused.bench.measure import Effort, Unavailable
+from lookahead_fused.bench.samples import Spread
 
 BASELINE = Path(__file__).with_name("baseline.json")
 # Runs of the same code from which a baseline takes a ratio's spread, and tries before a fallen ratio is believed.

@@ -9,13 +9,13 @@ from itertools import pairwise
 
 from torch import nn
 
-from bench.cases import opponents, parameters
-from bench.cases.opponents import OPPONENTS, OURS, PLAIN, SYNC, K, Setting, Steps
-from bench.harness.device import Device, host_seconds
-from bench.harness.figures import Figure, Report, Unavailable, scaled
-from bench.harness.measure import Effort, Schedule, Side
-from bench.harness.samples import Spread, growth_rate, ratio, slope, spread
-from bench.suites.steps import GRADIENTS, schedule
+from bench.harness.figures import Figure, Report, scaled
+from bench.suites.steps import GRADIENTS
+from lookahead_fused.bench import opponents, parameters
+from lookahead_fused.bench.device import Device, host_seconds
+from lookahead_fused.bench.measure import Effort, Schedule, Side, Unavailable, schedule
+from lookahead_fused.bench.opponents import OPPONENTS, OURS, PLAIN, SYNC, K, Setting, Steps
+from lookahead_fused.bench.samples import Spread, growth_rate, ratio, slope, spread
 
 # How gradients come: short in the names of sides, spelled out once in a report.
 REUSED, FRESH = "same gradients", "new gradients"

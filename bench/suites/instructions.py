@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 
-from bench.cases import opponents, parameters
-from bench.cases.opponents import Setting
 from bench.harness import processes
-from bench.harness.conditions import conditions
-from bench.harness.figures import Unavailable
+from lookahead_fused.bench import opponents, parameters
+from lookahead_fused.bench.conditions import conditions
+from lookahead_fused.bench.measure import Unavailable
+from lookahead_fused.bench.opponents import Setting
 
 SOURCE = Path(__file__).with_name("instructions.cpp")
 TOLERANCE = 0.02

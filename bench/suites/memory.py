@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 from functools import partial
 
-from bench.cases import opponents, parameters
-from bench.cases.opponents import OPPONENTS, OURS, K, Setting, Steps
-from bench.harness.device import Device
 from bench.harness.figures import Figure, Report
-from bench.harness.measure import Effort
-from bench.harness.memory import allocated_bytes, resident_bytes, state_bytes
-from bench.harness.samples import Spread, spread
 from bench.suites.steps import GRADIENTS
+from lookahead_fused.bench import opponents, parameters
+from lookahead_fused.bench.device import Device
+from lookahead_fused.bench.measure import Effort
+from lookahead_fused.bench.memory import allocated_bytes, resident_bytes, state_bytes
+from lookahead_fused.bench.opponents import OPPONENTS, OURS, K, Setting, Steps
+from lookahead_fused.bench.samples import Spread, spread
 
 
 def memory(device: Device, effort: Effort) -> Report:

@@ -8,7 +8,6 @@ digit, and their state need not be in memory with all others'.
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases import opponents, parameters, traffic
-from bench.cases.opponents import MASTERS, OPPONENTS, OURS, PLAIN, SYNC, K, Opponent, Setting, Steps
-from bench.harness.device import LARGE, Device
-from bench.harness.figures import Figure, Report, Unavailable, scaled
-from bench.harness.measure import Effort, Schedule, Side
-from bench.harness.samples import Samples, fastest, ratio, spread
+from bench.cases import traffic
+from bench.harness import ceiling
+from bench.harness.figures import Figure, Report, scaled
+from lookahead_fused.bench import opponents, parameters
+from lookahead_fused.bench.device import Device
+from lookahead_fused.bench.measure import LARGE, Effort, Side, Unavailable, schedule
+from lookahead_fused.bench.opponents import MASTERS, OPPONENTS, OURS, PLAIN, SYNC, K, Opponent, Setting, Steps
+from lookahead_fused.bench.samples import Samples, fastest, ratio, spread
 
 NEAR = (SYNC, PLAIN)
 FAR = ("torch fused + Python sync", "torch foreach + foreach sync", "torch per-tensor + Python sync")
@@ -124,14 +125,6 @@ COMPARISONS = {
 }  # fmt: skip
 
 
-def schedule(elements: int, k: int, rounds: int, budget: float = math.inf) -> Schedule:
-    """Long steps alternate one by one; short ones take turns of many, or the switching would be what is measured."""
-    if elements >= LARGE:
-        return Schedule(rounds, turns=max(k, 2), period=k, budget=budget)
-    repeats = -(-20 // k)
-    return Schedule(rounds, steps=repeats * k, settle=k, period=k, budget=budget)
-
-
 def needed_bytes(comparison: Comparison, with_ceiling: bool, device: str) -> int:
     """About what the comparison has in memory at once: the near opponents', or ours and one far opponent's."""
     setting = comparison.setting
@@ -184,7 +177,7 @@ def compare(comparison: Comparison, device: Device, effort: Effort) -> Report:
     if has_ceiling:
         for _ in range(setting.k):
             mine.step()
-        ceilings = device.ceilings(_rows(mine, params, setting), setting.k)
+        ceilings = ceiling.ceilings(device, _rows(mine, params, setting), setting.k)
         if comparison.share_target is None:
             del ceilings[1:]  # what only informs needs no second candidate
     # A figure with a target gets twice the time of one that informs.

@@ -13,15 +13,15 @@ from functools import partial
 import torch
 
 from bench.harness.cores import Others
-from bench.harness.device import Cpu, Cuda, Device
 from bench.harness.figures import Report
-from bench.harness.measure import Effort
 from bench.harness.processes import apart
 from bench.suites import growth, memory
 from bench.suites.averaging import AVERAGING
 from bench.suites.family import FAMILY
 from bench.suites.steps import COMPARISONS, Comparison, compare
 from bench.suites.syncs import SYNCS
+from lookahead_fused.bench.device import Cpu, Cuda, Device
+from lookahead_fused.bench.measure import Effort
 
 Benchmark = Callable[[Device, Effort], Report]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from bench.cases import opponents, parameters
-from bench.cases.opponents import OURS, ForeachSync, Setting
-from bench.harness.device import Device
 from bench.harness.figures import Figure, Report
-from bench.harness.measure import Effort, Side
-from bench.harness.samples import ratio
-from bench.suites.steps import GRADIENTS, schedule
+from bench.suites.steps import GRADIENTS
+from lookahead_fused.bench import opponents, parameters
+from lookahead_fused.bench.device import Device
+from lookahead_fused.bench.measure import Effort, Side, schedule
+from lookahead_fused.bench.opponents import OURS, ForeachSync, Setting
+from lookahead_fused.bench.samples import ratio
 
 FOREACH = "_foreach_lerp_ + _foreach_copy_"
 

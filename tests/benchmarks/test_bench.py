@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.harness import ceiling, cores, measure, memory, processes
-from bench.harness.device import Cpu
-from bench.harness.figures import Figure, Report, Unavailable
-from bench.harness.measure import Effort, Schedule, Side, interleave
-from bench.harness.samples import Samples, growth_rate, ratio, slope, spread
+from bench.harness import ceiling, cores, processes
+from bench.harness.figures import Figure, Report
 from bench.suites import cpu, suite
+from lookahead_fused.bench import measure, memory
+from lookahead_fused.bench.device import Cpu
+from lookahead_fused.bench.measure import Effort, Schedule, Side, Unavailable, interleave
+from lookahead_fused.bench.samples import Samples, growth_rate, ratio, slope, spread
 
 STEP_BY_STEP = Schedule(rounds=8, turns=5, period=5)
 IN_TURNS = Schedule(rounds=8, steps=10, settle=5, period=5)

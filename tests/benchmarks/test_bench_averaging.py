@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 import lookahead_fused
-from bench.cases import parameters
-from bench.cases.opponents import HYPERPARAMETERS
 from bench.suites import averaging
 from bench.suites.family import adamw
+from lookahead_fused.bench import parameters
+from lookahead_fused.bench.opponents import HYPERPARAMETERS
 
 
 def run(step: Any, params: list[torch.nn.Parameter]) -> None:

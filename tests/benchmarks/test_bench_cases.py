@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 
-from bench.cases import opponents, parameters
-from bench.cases.opponents import OPPONENTS, PLAIN, SYNC, Setting
-from bench.harness.device import Cpu
-from bench.harness.measure import Effort, Schedule, Side
-from bench.harness.samples import Samples
 from bench.suites import steps
+from lookahead_fused.bench import opponents, parameters
+from lookahead_fused.bench.device import Cpu
+from lookahead_fused.bench.measure import Effort, Schedule, Side
+from lookahead_fused.bench.opponents import OPPONENTS, PLAIN, SYNC, Setting
+from lookahead_fused.bench.samples import Samples
 
 
 def gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from bench import cuda_on_host
-from bench.cases import opponents, parameters, traffic
-from bench.cases.opponents import PLAIN, SYNC, Setting
+from bench.cases import traffic
 from bench.harness import processes
 from bench.harness.figures import Figure
-from bench.harness.samples import Spread
 from bench.suites import counts, gate, instructions, steps
 from lookahead_fused import LookaheadAdamW, LookaheadSGD
+from lookahead_fused.bench import opponents, parameters
+from lookahead_fused.bench.opponents import PLAIN, SYNC, Setting
+from lookahead_fused.bench.samples import Spread
 
 # What one worker has counted and measured serves all tests here.
 pytestmark = pytest.mark.xdist_group("gate")

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import opponents, parameters
-from bench.cases.opponents import OURS, PLAIN, SYNC, Setting
-from bench.harness import memory, processes
-from bench.harness.device import Cpu
-from bench.harness.figures import Unavailable
-from bench.harness.measure import Effort
+from bench.harness import processes
 from bench.report import page, pictures, predict, tables
 from bench.suites import cpu, steps
+from lookahead_fused.bench import memory, opponents, parameters
+from lookahead_fused.bench.device import Cpu, Cuda
+from lookahead_fused.bench.measure import Effort, Schedule, Side, Unavailable
+from lookahead_fused.bench.opponents import OURS, PLAIN, SYNC, Setting
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -29,7 +29,9 @@ from bench.demo.check import EARLY_STEPS, LOSS, WEIGHTS, departures
 from bench.demo.models import GPT, ConvNet
 from bench.demo.runs import FUSED, PLAIN, UNFUSED, K, Task
 from bench.demo.train import Deviations
-from bench.harness import cores, memory, processes
+from bench.harness import cores, processes
+from lookahead_fused.bench import memory
+from lookahead_fused.bench.cores import core_seconds, waited_share
 
 EARLY_SYNCS = EARLY_STEPS // K
 
@@ -292,15 +294,15 @@ def burn(seconds: float) -> None:
 
 
 def test_waiting_for_a_core_is_a_share_of_the_time_between() -> None:
-    assert cores.waited_share((10.0, 5.0), (13.0, 6.0)) == pytest.approx(0.25)
-    assert cores.waited_share(None, (1.0, 1.0)) is None
+    assert waited_share((10.0, 5.0), (13.0, 6.0)) == pytest.approx(0.25)
+    assert waited_share(None, (1.0, 1.0)) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_time_on_cores_is_seen() -> None:
-    before = cores.core_seconds()
+    before = core_seconds()
     burn(0.1)
-    after = cores.core_seconds()
+    after = core_seconds()
     assert before is not None
     assert after is not None
     assert 0.05 < after[0] - before[0] < 5
@@ -311,8 +313,8 @@ def test_a_thread_that_ends_while_threads_are_counted_is_left_out(tmp_path: Path
         (tmp_path / name).mkdir()
         if content:
             (tmp_path / name / "schedstat").write_text(content)
-    assert cores.core_seconds(tmp_path) == (3.5, 1.0)
-    assert cores.core_seconds(tmp_path / "nowhere") is None
+    assert core_seconds(tmp_path) == (3.5, 1.0)
+    assert core_seconds(tmp_path / "nowhere") is None
 
 
 @pytest.mark.parametrize(("idle", "policy"), [(95, {}), (40, {"OMP_WAIT_POLICY": "passive"})])

@@ -12,13 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import memory
-from bench.harness.ceiling import Ceiling, variants
-from bench.harness.measure import Schedule, Side, interleave
-from bench.harness.samples import Samples, fastest
-
-# Elements from which a step is bound by memory, so that a bandwidth ceiling says something.
-LARGE = 10_000_000
+from . import memory
+from .measure import Schedule, Side, interleave
+from .samples import Samples
 
 # How long a GPU spins before a step, by the host's time for enqueuing it: what disturbs the host, and a device's clock
 # that rises after the spin was calibrated, must not end it early.
@@ -39,16 +35,6 @@ class Cpu:
 
     def available_bytes(self) -> int:
         return memory.available_bytes()
-
-    def ceilings(self, rows: Sequence[Sequence[Tensor]], k: int) -> list[Side]:
-        """The two fastest of the loops over an optimizer's own tensors: too near each other to be told apart here."""
-        never = 1 << 30  # no pass of a short trial moves the slow weights
-        trials = [loop for name in variants() if (loop := Ceiling(name, rows, never)).works]
-        tried = interleave([Side(loop.variant, loop.step) for loop in trials], Schedule(rounds=3))
-        names = [loop.variant for loop in trials]
-        best = fastest(tried, names)
-        second = fastest(tried, [name for name in names if name != best])
-        return [Side(f"ceiling, {name}", Ceiling(name, rows, k).step) for name in (best, second)]
 
     def ceiling_seconds_per_step(self, seconds: float, step_bytes: float) -> float:
         """How long a step of so many bytes would take at the ceiling, of which one pass took `seconds`."""

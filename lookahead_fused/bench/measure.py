@@ -14,11 +14,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bench.harness.samples import Samples
+from .samples import Samples
 
 # OpenMP's threads, torch's among them, spin for some milliseconds after a parallel region before they sleep.
 # With as many threads as cores they would take a core from whoever comes next.
 PAUSE = 0.02
+# Elements from which a step is bound by memory, so that a bandwidth ceiling says something.
+LARGE = 10_000_000
+
+
+class Unavailable(Exception):
+    """A benchmark that cannot be made here; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,14 @@ class Schedule:
             f"{at_most}{self.rounds} rounds of {self.turns * self.steps} steps a side, alternated every "
             f"{alternated.removeprefix('each ')} after a pause of {self.pause * 1e3:.0f} ms{settled}"
         )
+
+
+def schedule(elements: int, k: int, rounds: int, budget: float = math.inf) -> Schedule:
+    """Long steps alternate one by one; short ones take turns of many, or the switching would be what is measured."""
+    if elements >= LARGE:
+        return Schedule(rounds, turns=max(k, 2), period=k, budget=budget)
+    repeats = -(-20 // k)
+    return Schedule(rounds, steps=repeats * k, settle=k, period=k, budget=budget)
 
 
 @dataclass(frozen=True)

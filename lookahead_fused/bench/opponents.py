@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bench.harness.figures import Unavailable
 from lookahead_fused import LookaheadAdam, LookaheadAdamW, LookaheadSGD
 from lookahead_fused.backends import BACKENDS
+
+from .measure import Unavailable
 
 K = 5
 ALPHA = 0.5
@@ -151,7 +152,7 @@ class MasterWeights:
         self.base = make(own)
 
     def step(self) -> None:
-        torch._foreach_copy_(self.gradients, [p.grad for p in self.params])
+        torch._foreach_copy_(self.gradients, [p.grad for p in self.params if p.grad is not None])
         self.base.step()
         torch._foreach_copy_(self.fast, self.masters)
 
@@ -187,14 +188,15 @@ SYNCS = {"foreach": ForeachSync, "Python": PythonSync}
 
 def make_ours(backend: str, setting: Setting, groups: list[dict[str, Any]]) -> Steps:
     # Named, not "auto": without the native module this raises and does not time something else.
-    return OURS_CLASSES[setting.rule](
+    made: Steps = OURS_CLASSES[setting.rule](
         groups, **HYPERPARAMETERS[setting.rule], k=setting.k, alpha=ALPHA, backend=backend,
         master_weights=setting.dtype == "bf16-master",
     )  # fmt: skip
+    return made
 
 
 def _torch(implementation: str, sync: str, setting: Setting, groups: list[dict[str, Any]]) -> Steps:
-    base = TORCH_CLASSES[setting.rule](groups, **HYPERPARAMETERS[setting.rule], **SWITCHES[implementation])
+    base: Optimizer = TORCH_CLASSES[setting.rule](groups, **HYPERPARAMETERS[setting.rule], **SWITCHES[implementation])
     return SYNCS[sync](base, setting.k) if sync else base
 
 
@@ -283,7 +285,8 @@ def ours(device: str) -> list[Opponent]:
     Raises:
         Unavailable: no backend serves; the message says why.
     """
-    reasons, made = [], []
+    reasons: list[str] = []
+    made: list[Opponent] = []
     for name, module in BACKENDS.items():
         if module.DEVICES is None or device not in module.DEVICES:
             continue

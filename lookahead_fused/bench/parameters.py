@@ -158,7 +158,7 @@ def groups(params: Sequence[nn.Parameter], layout: str) -> list[dict[str, Any]]:
     if layout == "decay":
         matrices = [p for p in params if p.dim() > 1]
         vectors = [p for p in params if p.dim() <= 1]
-        made = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        made: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         return [group for group in made if group["params"]]
     if layout == "each":
         return [{"params": [p]} for p in params]
