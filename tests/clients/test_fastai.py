@@ -27,7 +27,6 @@ def test_a_learner_fits_and_validates_on_the_slow_weights() -> None:
         loss_func=nn.MSELoss(),
         opt_func=partial(optimizer.OptimWrapper, opt=LookaheadAdamW, k=SETTINGS["k"]),
         lr=SETTINGS["lr"],
-        train_bn=False,
     )
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, wd=0.01)
