@@ -33,7 +33,7 @@ GPU_PY := $(if $(ON_SYSTEM),$(PYTHON),$(PY))
 GPU_NEEDS := $(if $(ON_SYSTEM),,$(VENV)/.extra-test $(VENV)/.extra-demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tools lint format bench bench-cpu bench-compare bench-check bench-baseline bench-predict wheel release-wheel test-torches test-tritons sanitize sanitize-cpu gpu-report clean
+.PHONY: help demo test test-tools test-clients lint format bench bench-cpu bench-compare bench-check bench-baseline bench-predict wheel release-wheel test-torches test-tritons sanitize sanitize-cpu gpu-report clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,17 +42,35 @@ demo: $(VENV)/.extra-demo ## train with and without Lookahead and compare (QUICK
 	$(PY) -m bench.demo $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 # Two workers share the cores: a thread that spins, as OpenMP's do by default, takes one from the other's test.
-test test-tools test-torches test-tritons sanitize-cpu: export OMP_WAIT_POLICY ?= passive
+test test-tools test-clients test-torches test-tritons sanitize-cpu: export OMP_WAIT_POLICY ?= passive
 
 # What builds wheels, reads machine code, reports a build or measures is no other under another torch, and takes as long
-# as the rest.
+# as the rest; clients are installed by `make test-clients`.
 TOOLS := building benchmarks
+APART := $(TOOLS) clients
 
 test: $(VENV)/.extra-test ## the tests of the package
-	LOOKAHEAD_FUSED_EXPECTED_IN=$(CURDIR) $(PY) $(PYTEST) $(TOOLS:%=--ignore tests/%) $(ARGS)
+	LOOKAHEAD_FUSED_EXPECTED_IN=$(CURDIR) $(PY) $(PYTEST) $(APART:%=--ignore tests/%) $(ARGS)
 
 test-tools: $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.extra-release ## the tests of what builds it, of the machine code, and of the benchmarks
 	LOOKAHEAD_FUSED_EXPECTED_IN=$(CURDIR) $(PY) $(PYTEST) $(ARGS) $(TOOLS:%=tests/%)
+
+CLIENTS := accelerate deepspeed fastai lightning skorch stable-baselines3 transformers
+
+# DeepSpeed's setup imports torch, and compiles what it needs when it runs, by ninja. The registry's torchvision, which
+# fastai asks for, is built for CUDA; beside a torch for the CPU it cannot be imported, and transformers would try to.
+build/clients/.installed: $(VENV)/.torch Makefile
+	$(PYTHON) -m venv build/clients
+	build/clients/bin/pip --disable-pip-version-check install --quiet $(TORCH) hypothesis ninja "pytest>=8,<9.2" \
+	  pytest-benchmark setuptools wheel
+	DS_BUILD_OPS=0 build/clients/bin/pip --disable-pip-version-check install --quiet --no-build-isolation $(CLIENTS)
+	build/clients/bin/python -c "import torchvision" 2>/dev/null \
+	  || build/clients/bin/pip uninstall --quiet --yes torchvision
+	@touch $@
+
+test-clients: build/clients/.installed $(VENV)/.built ## training frameworks, each by its own loop (CLIENTS.md)
+	PATH="$(CURDIR)/build/clients/bin:$$PATH" PYTHONPATH=$(CURDIR) TORCH_EXTENSIONS_DIR=$(CURDIR)/build/clients/extensions \
+	  build/clients/bin/python -m pytest --benchmark-disable $(ARGS) tests/clients
 
 lint: $(VENV)/.extra-lint ## ruff, mypy and clang-format, changing nothing
 	$(VENV)/bin/ruff check .
@@ -125,7 +143,7 @@ test-torches: $(VENV)/.tools ## the tests of the package against one wheel under
 	  $$venv/bin/python -m pip --disable-pip-version-check install --quiet "torch==$$release" \
 	    "$$(echo $(CURDIR)/build/torches/*.whl)[test]"; \
 	  (cd $$venv && PYTHONSAFEPATH=1 LOOKAHEAD_FUSED_EXPECTED_IN=$$venv bin/python $(PYTEST) \
-	    --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml $(TOOLS:%=--ignore $(CURDIR)/tests/%) $(ARGS) $(CURDIR)/tests); \
+	    --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml $(APART:%=--ignore $(CURDIR)/tests/%) $(ARGS) $(CURDIR)/tests); \
 	  rm -rf $$venv; \
 	done
 

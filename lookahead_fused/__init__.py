@@ -15,9 +15,8 @@ def _report_is_asked_for() -> bool:
     return re.fullmatch(r"(-[A-Za-z]*m)?lookahead_fused(\.__main__)?", named) is not None
 
 
-_import_error: Exception | None = None
-
-try:
+# The report tells what needs no torch before it imports this again: a broken torch may raise, or end the process.
+if not _report_is_asked_for():
     from . import _build as build
     from ._averaging import GPA, ScheduleFree
     from ._convert import convert
@@ -57,11 +56,6 @@ try:
         convert,
     ):
         _public.__module__ = __name__
-except Exception as error:  # a torch whose libraries do not load raises an OSError
-    # The report is there to tell what is broken, and its module is not found unless this one can be imported.
-    if not _report_is_asked_for():
-        raise
-    _import_error = error
 
 __all__ = [
     "EMA",

@@ -1,18 +1,19 @@
 """What a maintainer asks for first: versions, machine, what was built, which backends serve, and a self-test.
 
-What the standard library can tell comes first. The rest imports torch where it needs it, and is left out where the
-package could not be imported: of a torch that failed once, a second import tells something else.
+What the standard library can tell comes first. The rest imports torch, and is left out where the package cannot be
+imported: of a torch that failed once, a second import tells something else.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import lookahead_fused
 
@@ -21,55 +22,61 @@ from . import _build as build
 if TYPE_CHECKING:
     import torch
 
+# A name and what is told of it.
 Lines = list[tuple[str, str]]
-Section = tuple[str, Lines]
 
 # Two syncs at k = 3.
 STEPS = 6
 
 
-def collect() -> tuple[list[Section], bool]:
-    """The report's sections, and whether nothing in them failed. Never raises: what fails is told in its place."""
-    healthy = True
-    sections: list[Section] = []
-    tellers = [("versions", _versions), ("machine", _machine), ("build", _build), ("import", _import)]
-    if lookahead_fused._import_error is None:
-        tellers += [("torch", _torch), ("backends", _backends), ("self-test", _self_test)]
-    for title, tell in tellers:
-        lines, well = _told(tell)
-        sections.append((title, lines))
-        healthy = healthy and well
-    return sections, healthy
+class Section(NamedTuple):
+    """A part of the report, and whether nothing in it failed."""
+
+    title: str
+    lines: Lines
+    healthy: bool
 
 
-def render(sections: list[Section]) -> str:
-    """The report as text, one fact a line."""
-    text = []
-    for title, lines in sections:
-        width = max((len(name) for name, _ in lines), default=0)
-        text.append(title)
-        text += [f"  {name:<{width}}  {value}" for name, value in lines]
-    return "\n".join(text)
+def sections() -> Iterator[Section]:
+    """The report, each section made when it is asked for. Never raises: what fails is told in its place."""
+    yield _told("versions", _versions)
+    yield _told("machine", _machine)
+    yield _told("build", _build)
+    imported = _told("import", _import)
+    yield imported
+    if imported.healthy:
+        yield _told("torch", _torch)
+        yield _told("backends", _backends)
+        yield _told("self-test", _self_test)
 
 
-def _told(tell: Callable[[], tuple[Lines, bool]]) -> tuple[Lines, bool]:
+def render(section: Section) -> str:
+    """A section as text, one fact a line."""
+    width = max((len(name) for name, _ in section.lines), default=0)
+    return "\n".join([section.title, *(f"  {name:<{width}}  {value}" for name, value in section.lines)])
+
+
+def _told(title: str, tell: Callable[[Lines], bool]) -> Section:
+    """A section by a function that adds its lines to a list, one by one, and returns whether all is well."""
+    lines: Lines = []
     try:
-        return tell()
+        healthy = tell(lines)
     except Exception as error:
-        return [("failed", _last_frames(error))], False
+        lines.append(("failed", _last_frames(error)))
+        healthy = False
+    return Section(title, lines, healthy)
 
 
 def _last_frames(error: Exception) -> str:
     return "".join(traceback.format_exception(error, limit=-2)).strip().replace("\n", " | ")
 
 
-def _versions() -> tuple[Lines, bool]:
-    return [
-        ("lookahead_fused", build.version()),
-        ("torch", _installed("torch")),
-        ("python", sys.version.replace("\n", " ")),
-        ("platform", platform.platform()),
-    ], True
+def _versions(lines: Lines) -> bool:
+    lines.append(("lookahead_fused", build.version()))
+    lines.append(("python", sys.version.replace("\n", " ")))
+    lines.append(("platform", platform.platform()))
+    lines.append(("torch", _installed("torch")))
+    return True
 
 
 def _installed(distribution: str) -> str:
@@ -79,69 +86,74 @@ def _installed(distribution: str) -> str:
         return "not installed"
 
 
-def _machine() -> tuple[Lines, bool]:
-    return [
-        ("processor", _processor()),
-        ("cores", str(os.cpu_count())),
-        ("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "not set")),
-    ], True
+def _machine(lines: Lines) -> bool:
+    lines.append(("cores", str(os.cpu_count())))
+    lines.append(("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "not set")))
+    lines.append(("processor", _processor()))
+    return True
 
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
             return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or "unknown"
 
 
-def _build() -> tuple[Lines, bool]:
+def _build(lines: Lines) -> bool:
     recorded = build.info()
     fault = recorded.get("fault", "")
-    lines = [("record", fault)] if fault else []
+    if fault:
+        lines.append(("record", fault))
     for name, facts in recorded["modules"].items():
         lines += [(f"{name} {key}", str(value)) for key, value in facts.items()]
-    return lines, not fault
+    return not fault
 
 
-def _import() -> tuple[Lines, bool]:
-    error = lookahead_fused._import_error
-    return [("lookahead_fused", "imports" if error is None else _last_frames(error))], error is None
+def _import(lines: Lines) -> bool:
+    # In the first half of -m the package imported nothing; it does now, since sys.argv no longer holds "-m".
+    if not hasattr(lookahead_fused, "__version__"):
+        importlib.reload(lookahead_fused)
+    lines.append(("lookahead_fused", "imports"))
+    return True
 
 
-def _torch() -> tuple[Lines, bool]:
+def _torch(lines: Lines) -> bool:
     import torch
 
     from .backends import triton
 
-    lines = [
-        ("torch", f"{torch.__version__} (CUDA {torch.version.cuda}, HIP {getattr(torch.version, 'hip', None)})"),
-        ("triton", triton.version()),
-        ("torch threads", str(torch.get_num_threads())),
-    ]
+    cuda, hip = (getattr(torch.version, name, None) for name in ("cuda", "hip"))
+    lines.append(("torch", f"{torch.__version__} (CUDA {cuda}, HIP {hip})"))
+    lines.append(("torch threads", str(torch.get_num_threads())))
+    lines.append(("triton", triton.version()))
     module = build.module("_cpu")
     if module is not None:
         lines.append(("instruction sets", ", ".join(module.instruction_sets())))
         lines.append(("threads of a step", "torch's" if module.torch_threads_serve() else "a pool of its own"))
     if not torch.cuda.is_available():
-        return [*lines, ("GPU", "none that torch can use")], True
+        lines.append(("GPU", "none that torch can use"))
+        return True
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         lines.append((f"GPU {index}", f"{card.name}, compute {card.major}.{card.minor}, {card.total_memory >> 20} MiB"))
-    return lines, True
+    return True
 
 
-def _backends() -> tuple[Lines, bool]:
+def _backends(lines: Lines) -> bool:
     statuses = lookahead_fused.backends()
-    return [(name, "serves" if status.available else status.reason) for name, status in statuses.items()], True
+    lines += [(name, "serves" if status.available else status.reason) for name, status in statuses.items()]
+    return True
 
 
-def _self_test() -> tuple[Lines, bool]:
+def _self_test(lines: Lines) -> bool:
     """Every backend that serves takes the same steps as the reference, and must give its bits."""
     import torch
 
     expected = _weights_after_steps("reference", torch.device("cpu"))
-    lines, well = [], True
+    lines.append(("reference", f"runs: {expected[0].item()!r}"))
+    well = True
     for name, status in lookahead_fused.backends().items():
         if not status.available or name == "reference":
             continue
@@ -151,7 +163,7 @@ def _self_test() -> tuple[Lines, bool]:
         same = torch.equal(_weights_after_steps(name, device).cpu(), expected)
         lines.append((name, "the reference's bits" if same else "differs from the reference"))
         well = well and same
-    return lines or [("reference", f"runs: {expected[0].item()!r}")], well
+    return well
 
 
 def _weights_after_steps(backend: str, device: torch.device) -> torch.Tensor:

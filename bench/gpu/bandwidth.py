@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from bench.cases import opponents, parameters, traffic
-from bench.cases.opponents import Setting
-from bench.cases.parameters import Case
+from bench.cases import traffic
+
+from lookahead_fused.bench import opponents, parameters
+from lookahead_fused.bench.opponents import Setting
+from lookahead_fused.bench.parameters import Case
 from bench.gpu.results import Results
-from bench.harness.device import Device
-from bench.harness.measure import Schedule, Side
+from lookahead_fused.bench.device import Device
+from lookahead_fused.bench.measure import Schedule, Side
 from lookahead_fused._parts import Tuning
 from lookahead_fused._table import Table
 

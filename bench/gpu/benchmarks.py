@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from bench.gpu.runner import SKIPPED
-from bench.harness.conditions import conditions
-from bench.harness.device import Cuda, Device
+from lookahead_fused.bench.conditions import conditions
+from lookahead_fused.bench.device import Cuda, Device
 from bench.harness.figures import Unavailable
-from bench.harness.measure import Effort
+from lookahead_fused.bench.measure import Effort
 from bench.suites import suite
 from bench.suites.cpu import package
 

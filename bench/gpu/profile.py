@@ -19,7 +19,7 @@ from bench.gpu.results import Results
 from bench.gpu.runner import SKIPPED
 from bench.gpu.sanitizer import program
 
-# Lists of bench.cases.parameters, and their dtypes. What needs torch is imported where it is used: the stages are named
+# Lists of lookahead_fused.bench.parameters, and their dtypes. What needs torch is imported where it is used: the stages are named
 # by these, also where torch is broken.
 LISTS = {"one-large": "fp32", "gpt2-small": "bf16-master", "many-small": "fp32"}
 METRICS = {
@@ -77,8 +77,9 @@ def main(words: Sequence[str]) -> int:
 
 def must_move(name: str) -> str:
     """The bytes that the counters are to be held against: those of a second step, which does not sync."""
-    from bench.cases import parameters, traffic
-    from bench.cases.opponents import Setting
+    from bench.cases import traffic
+    from lookahead_fused.bench import parameters
+    from lookahead_fused.bench.opponents import Setting
 
     case = parameters.CASES[name]
     return f"a step of {case} must move {case.elements * traffic.step_bytes(Setting(dtype=LISTS[name])):,} bytes"
@@ -88,7 +89,7 @@ def step(name: str) -> None:
     """The second step of a list, and nothing else, for the profiler to see."""
     import torch
 
-    from bench.cases import opponents, parameters
+    from lookahead_fused.bench import opponents, parameters
 
     setting = opponents.Setting(dtype=LISTS[name], device="cuda")
     params = parameters.make(parameters.CASES[name], dtype=setting.param_dtype, device="cuda")

@@ -23,8 +23,8 @@ from bench import cuda_on_host
 from bench.gpu import bandwidth, bits, graphs, times
 from bench.gpu.results import Results
 from bench.gpu.runner import SKIPPED
-from bench.harness.conditions import conditions
-from bench.harness.device import Cpu, Cuda, Device
+from lookahead_fused.bench.conditions import conditions
+from lookahead_fused.bench.device import Cpu, Cuda, Device
 from lookahead_fused.backends import BACKENDS
 
 # The bytes of the copy on a GPU; on a CPU only to see it work.

@@ -6,12 +6,12 @@ import gc
 import statistics
 from collections.abc import Sequence
 
-from bench.cases import opponents, parameters
-from bench.cases.opponents import OURS, PLAIN, SYNC
+from lookahead_fused.bench import opponents, parameters
+from lookahead_fused.bench.opponents import OURS, PLAIN, SYNC
 from bench.gpu.bandwidth import List
 from bench.gpu.results import Results
-from bench.harness.device import Device, host_seconds
-from bench.harness.measure import Schedule, Side
+from lookahead_fused.bench.device import Device, host_seconds
+from lookahead_fused.bench.measure import Schedule, Side
 
 LISTS = (
     List(parameters.CASES["many-small"]),

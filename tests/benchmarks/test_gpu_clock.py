@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench.harness.device import Cuda
-from bench.harness.measure import Schedule, Side
+from lookahead_fused.bench.device import Cuda
+from lookahead_fused.bench.measure import Schedule, Side
 
 
 class Stream:
