@@ -128,6 +128,20 @@ def test_tensors_are_described_in_the_fastest_way() -> None:
         assert ways == [way] * 2
 
 
+def test_tensors_trade_places_that_only_their_attributes_describe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under torch before 2.10, which has no exchange API: a class's first tensor is described by its attributes."""
+    monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
+    pairs = [
+        (torch.nn.Parameter(torch.randn(5, 7, dtype=dtype)), torch.randn(5, 7, dtype=dtype))
+        for dtype in (torch.float32, torch.bfloat16, torch.float64)
+    ]
+    before = [(a.detach().clone(), b.clone()) for a, b in pairs]
+    native.exchange(Tensor, pairs, 1, False)
+    for (a, b), (was_a, was_b) in zip(pairs, before, strict=True):
+        assert same_tensor_bits(a, was_b)
+        assert same_tensor_bits(b, was_a)
+
+
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="avx1024"):
         run("sgd", torch.float32, instruction_set="avx1024")

@@ -52,6 +52,7 @@ class TensorReader {
     Way way() const;
 
     // False, with no Python error set, for a tensor that has no address: a sparse one, say. No other object is asked.
+    // Shape and strides lie in the tensor or, where its attributes were asked, in this reader up to its next call.
     bool describe(PyObject* tensor, Description& out) {
         return describe_by_shim(tensor, out) || describe_first(tensor, out);
     }
