@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import sys
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from lookahead_fused import _build as build
+from lookahead_fused.backends.triton import OLDEST
 
 NAME = "triton-host"
 # What compiled code comes from, each file after those that it imports.
@@ -30,6 +32,9 @@ def missing() -> str:
         return build.reason("_cpu")
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    installed = version("triton")
+    if tuple(int(part) for part in installed.split(".")[:2]) < OLDEST:
+        return f"triton {installed} is too old: the backend serves {'.'.join(map(str, OLDEST))} or newer"
     return ""
 
 
