@@ -1,14 +1,15 @@
 # The commands of this repository; `make help` lists them. Everything they install goes into .venv and build/.
 #
-#   TORCH    what `pip install` is told to get torch:  make test TORCH="torch==2.14.1"
-#   TORCHES  the releases that `make test-torches` runs one wheel under
-#   ARCHS    what the CUDA module of `make wheel` is built for:  make wheel ARCHS="9.0 10.0+PTX"
-#   PICTURE  where `make bench` draws the ratios:  make bench PICTURE=bench/report/cpu.png
-#   ARGS     further arguments of the script or of pytest:  make test ARGS="-k checkpoint"
+#   TORCH     what `pip install` is told to get torch:  make test TORCH="torch==2.14.1"
+#   VERSIONS  the releases of torch, and of Python before a colon, that `make test-versions` runs the tests under
+#   WHEEL     the wheel that it runs; default: one built for each Python
+#   ARCHS     what the CUDA module of `make wheel` is built for:  make wheel ARCHS="9.0 10.0+PTX"
+#   PICTURE   where `make bench` draws the ratios:  make bench PICTURE=bench/report/cpu.png
+#   ARGS      further arguments of the script or of pytest:  make test ARGS="-k checkpoint"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-TORCHES ?= 2.13.0 2.14.1
+VERSIONS ?= 3.10:2.6.0 3.12:2.9.1 3.11:2.13.0 3.13:2.15.0
 WORKERS ?= 2
 PICTURE ?= build/bench/ratios.png
 
@@ -20,7 +21,7 @@ PYTEST := -m pytest -n $(WORKERS) --dist loadgroup --benchmark-disable
 CPP_FILES = $(shell find csrc bench -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tools lint format bench bench-cpu bench-check bench-baseline bench-predict wheel test-torches sanitize sanitize-cpu gpu-report clean
+.PHONY: help demo test test-tools lint format bench bench-cpu bench-check bench-baseline bench-predict wheel test-versions sanitize sanitize-cpu gpu-report clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,7 +30,7 @@ demo: $(VENV)/.extra-demo ## train with and without Lookahead and compare (QUICK
 	$(PY) -m bench.demo $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 # Two workers share the cores: a thread that spins, as OpenMP's do by default, takes one from the other's test.
-test test-tools test-torches sanitize-cpu: export OMP_WAIT_POLICY ?= passive
+test test-tools test-versions sanitize-cpu: export OMP_WAIT_POLICY ?= passive
 
 # What builds wheels, reads machine code, reports a build or measures is no other under another torch, and takes as long
 # as the rest.
@@ -107,20 +108,9 @@ gpu-report: $(VENV)/.extra-test $(VENV)/.extra-demo ## all that a first GPU is f
 	  --gpu ratios "$(PY) -m bench.report gpu-report.json" \
 	  --gpu prediction "$(PY) -m bench.report.predict gpu-report.json"
 
-# PYTHONSAFEPATH keeps the source tree off sys.path; the suite checks that it runs the package it is told to expect.
-test-torches: $(VENV)/.tools ## the tests of the package against one wheel under each release in TORCHES
-	rm -rf build/torches
-	$(PIP) wheel --no-deps --wheel-dir build/torches .
-	@set -e; for release in $(TORCHES); do \
-	  venv=$(CURDIR)/build/torches/$$release; \
-	  echo "== $$(basename build/torches/*.whl) under torch $$release"; \
-	  $(PYTHON) -m venv $$venv; \
-	  $$venv/bin/python -m pip --disable-pip-version-check install --quiet "torch==$$release" \
-	    "$$(echo $(CURDIR)/build/torches/*.whl)[test]"; \
-	  (cd $$venv && PYTHONSAFEPATH=1 LOOKAHEAD_FUSED_EXPECTED_IN=$$venv bin/python $(PYTEST) \
-	    --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml $(TOOLS:%=--ignore $(CURDIR)/tests/%) $(ARGS) $(CURDIR)/tests); \
-	  rm -rf $$venv; \
-	done
+test-versions: $(VENV)/.python ## the tests of the package, from wheels, under each of VERSIONS (QUICK=1: a part of them)
+	$(PY) tests/versions.py $(if $(filter-out 0,$(QUICK)),--quick) $(if $(WHEEL),--wheel $(WHEEL)) $(VERSIONS) \
+	  -- -n $(WORKERS) --dist loadgroup --benchmark-disable $(TOOLS:%=--ignore $(CURDIR)/tests/%) $(ARGS)
 
 clean: ## remove everything the other commands made
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis
