@@ -2,14 +2,17 @@
 #
 #   TORCH     what `pip install` is told to get torch:  make test TORCH="torch==2.14.1"
 #   VERSIONS  the releases of torch, and of Python before a colon, that `make test-versions` runs the tests under
-#   WHEEL     the wheel that it runs; default: one built for each Python
+#   WHEEL     the wheel that it runs, as `make release-wheel` makes; default: one built for each Python
+#   TRITONS   the releases whose machine code `make test-tritons` reads
 #   ARCHS     what the CUDA module of `make wheel` is built for:  make wheel ARCHS="9.0 10.0+PTX"
+#   PYTHONS   what `make release-wheel` builds for; by default python3.10, 3.11, ... that PATH has
 #   PICTURE   where `make bench` draws the ratios:  make bench PICTURE=bench/report/cpu.png
 #   ARGS      further arguments of the script or of pytest:  make test ARGS="-k checkpoint"
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VERSIONS ?= 3.10:2.6.0 3.12:2.9.1 3.11:2.13.0 3.13:2.15.0
+TRITONS ?= 3.4.0 3.5.1 3.6.0 3.7.1 3.8.0 3.9.0
 WORKERS ?= 2
 PICTURE ?= build/bench/ratios.png
 
@@ -21,7 +24,7 @@ PYTEST := -m pytest -n $(WORKERS) --dist loadgroup --benchmark-disable
 CPP_FILES = $(shell find csrc bench -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tools lint format bench bench-cpu bench-check bench-baseline bench-predict wheel test-versions sanitize sanitize-cpu gpu-report clean
+.PHONY: help demo test test-tools lint format bench bench-cpu bench-check bench-baseline bench-predict wheel release-wheel test-versions test-tritons sanitize sanitize-cpu gpu-report clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,7 +33,7 @@ demo: $(VENV)/.extra-demo ## train with and without Lookahead and compare (QUICK
 	$(PY) -m bench.demo $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 # Two workers share the cores: a thread that spins, as OpenMP's do by default, takes one from the other's test.
-test test-tools test-versions sanitize-cpu: export OMP_WAIT_POLICY ?= passive
+test test-tools test-versions test-tritons sanitize-cpu: export OMP_WAIT_POLICY ?= passive
 
 # What builds wheels, reads machine code, reports a build or measures is no other under another torch, and takes as long
 # as the rest.
@@ -39,7 +42,7 @@ TOOLS := building benchmarks
 test: $(VENV)/.extra-test ## the tests of the package
 	LOOKAHEAD_FUSED_EXPECTED_IN=$(CURDIR) $(PY) $(PYTEST) $(TOOLS:%=--ignore tests/%) $(ARGS)
 
-test-tools: $(VENV)/.extra-test $(VENV)/.extra-demo ## the tests of what builds it, of the machine code, and of the benchmarks
+test-tools: $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.extra-release ## the tests of what builds it, of the machine code, and of the benchmarks
 	LOOKAHEAD_FUSED_EXPECTED_IN=$(CURDIR) $(PY) $(PYTEST) $(ARGS) $(TOOLS:%=tests/%)
 
 lint: $(VENV)/.extra-lint ## ruff, mypy and clang-format, changing nothing
@@ -78,6 +81,9 @@ wheel: $(VENV)/.tools ## a wheel in dist/, and what machine code is in it
 	  && echo "built in $$(($$(date +%s) - start)) s on $$(getconf _NPROCESSORS_ONLN) cores"
 	$(PY) -m bench.gpu.cuda_code $(if $(ARCHS),--expect "$(ARCHS)") "$$(ls -t dist/*.whl | head -1)"
 
+release-wheel: $(VENV)/.extra-release ## one wheel in dist/ for every Python found and every Linux on x86-64, checked
+	$(PY) csrc/release_wheel.py $(PYTHONS)
+
 # Where there is a GPU. Each tool runs the tests that launch kernels; PyTorch's caching of memory would hide from it
 # where a tensor ends.
 SANITIZED := --backend cuda -m "not slow" -k "(test_rules or test_layout) and cuda-cuda or test_cuda_gpu and not graph"
@@ -111,6 +117,18 @@ gpu-report: $(VENV)/.extra-test $(VENV)/.extra-demo ## all that a first GPU is f
 test-versions: $(VENV)/.python ## the tests of the package, from wheels, under each of VERSIONS (QUICK=1: a part of them)
 	$(PY) tests/versions.py $(if $(filter-out 0,$(QUICK)),--quick) $(if $(WHEEL),--wheel $(WHEEL)) $(VERSIONS) \
 	  -- -n $(WORKERS) --dist loadgroup --benchmark-disable $(TOOLS:%=--ignore $(CURDIR)/tests/%) $(ARGS)
+
+# Each beside .venv's torch, which is asked for nothing but the CPU: compiling takes no GPU.
+test-tritons: $(VENV)/.extra-test ## the Triton kernels compiled, and interpreted, by each release in TRITONS
+	@set -e; for release in $(TRITONS); do \
+	  place=$(CURDIR)/build/tritons/$$release; \
+	  rm -rf $$place; \
+	  $(PIP) install --quiet --no-deps --target $$place "triton==$$release"; \
+	  PYTHONPATH=$$place $(PY) -c 'import triton; print("== triton", triton.__version__)'; \
+	  PYTHONPATH=$$place LOOKAHEAD_FUSED_EXPECTED_IN=$(CURDIR) $(PY) $(PYTEST) -m "not slow" $(ARGS) \
+	    tests/building/test_triton_code.py $(wildcard tests/test_triton_*.py); \
+	  rm -rf $$place; \
+	done
 
 clean: ## remove everything the other commands made
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis

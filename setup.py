@@ -8,6 +8,9 @@ Read from the environment:
     LOOKAHEAD_FUSED_CUDA     the same for _cuda, which needs nvcc besides; FORCE_CUDA=1 is the same as 1
     CUDA_HOME                the toolkit whose nvcc is taken; else the one on PATH, else that of NVIDIA's packages
     TORCH_CUDA_ARCH_LIST     what _cuda is built for: "8.0 9.0a 12.0+PTX", or with ";"; default: see ARCHITECTURES below
+    LOOKAHEAD_FUSED_PYTHONS  interpreters to build modules for, side by side in one wheel, in place of the one that runs
+                             this: "python3.10 python3.11"; the wheel is then tagged py3-none, and where a Python has no
+                             module in it, the reference backend serves
     LOOKAHEAD_FUSED_LOCAL_VERSION   is appended to the version: cu130 makes 0.1.0+cu130
     CXX, CXXFLAGS, LDFLAGS, CUDAFLAGS, CUDAHOSTCXX   as in CMake
     NVCC_PREPEND_FLAGS, NVCC_APPEND_FLAGS   nvcc's own; see csrc/exact.cmake for what none of these can change
@@ -20,6 +23,7 @@ lookahead_fused/_build_info.json.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -35,6 +39,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
@@ -51,6 +56,36 @@ READ_BY_COMPILERS = (
 # Of each generation since Turing what most cards are, of those that the compiler knows; the newest also as PTX, which
 # the driver compiles for cards that come later.
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+LOCAL_VERSION = os.environ.get("LOOKAHEAD_FUSED_LOCAL_VERSION", "")
+PYTHONS = os.environ.get("LOOKAHEAD_FUSED_PYTHONS", "")
+
+
+class Python(NamedTuple):
+    """An interpreter that modules are built for."""
+
+    program: str
+    include: str  # the directory of Python.h
+    suffix: str  # what the names of its modules end with
+
+    ASK = "import sysconfig; print(sysconfig.get_path('include'), sysconfig.get_config_var('EXT_SUFFIX'), sep='\\n')"
+
+    @staticmethod
+    def running() -> Python:
+        return Python(sys.executable, sysconfig.get_path("include"), sysconfig.get_config_var("EXT_SUFFIX"))
+
+    @staticmethod
+    def of(program: str) -> Python:
+        """
+        Raises:
+            OptionError: the program is no Python that tells of itself.
+        """
+        try:
+            asked = subprocess.run([program, "-c", Python.ASK], capture_output=True, text=True, check=True)
+            include, suffix = asked.stdout.splitlines()
+        except (OSError, subprocess.CalledProcessError, ValueError) as error:
+            complaint = (getattr(error, "stderr", None) or str(error)).strip().partition("\n")[0]
+            raise OptionError(f"LOOKAHEAD_FUSED_PYTHONS names {program!r}, which is no Python: {complaint}") from None
+        return Python(program, include, suffix)
 
 
 class NativeModule(NamedTuple):
@@ -93,9 +128,17 @@ def missing_for_cpp() -> str | None:
     if version.returncode != 0:
         complaint = (version.stderr or version.stdout).strip().partition("\n")[0]
         return f"{shlex.join(command)} does not run: {complaint}"
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        return "Python.h was not found (Debian and Ubuntu have it in python3-dev)"
+    for python in pythons():
+        if not Path(python.include, "Python.h").is_file():
+            return f"Python.h of {python.program} was not found (Debian and Ubuntu have it in python3-dev)"
     return None
+
+
+@functools.cache
+def pythons() -> list[Python]:
+    """Those that modules are built for."""
+    named = shlex.split(PYTHONS)
+    return [Python.of(program) for program in dict.fromkeys(named)] or [Python.running()]
 
 
 def missing_for_cuda() -> str | None:
@@ -180,7 +223,8 @@ class BuildNativeModules(build_ext):
         package.mkdir(parents=True, exist_ok=True)
         for module in MODULES:
             # What an earlier build left there must not pass for this one's.
-            (self.target_root() / self.module_file(module)).unlink(missing_ok=True)
+            for file in self.module_files(module):
+                (self.target_root() / file).unlink(missing_ok=True)
         wanted = [module for module in MODULES if reasons[module.name] is None]
         records = self.build_with_cmake(wanted) if wanted else {}
 
@@ -203,13 +247,13 @@ class BuildNativeModules(build_ext):
     def build_with_cmake(self, wanted: list[NativeModule]) -> dict[str, dict[str, str]]:
         """Configures, compiles and installs the modules; returns each one's compiler and flags."""
         # Not build_temp: an editable install gets a temporary one, and would compile all anew each time.
-        build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        built_for = "py3" if PYTHONS else sys.implementation.cache_tag
+        build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{built_for}"
         cmake = build_tool("cmake", "CMAKE_BIN_DIR")
         configure = [
             *(cmake, "-S", str(ROOT / "csrc"), "-B", str(build), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={build_tool('ninja', 'BIN_DIR')}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
-            f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={importlib.import_module('pybind11').get_cmake_dir()}",
             *(f"-D{module.switch}={'ON' if module in wanted else 'OFF'}" for module in MODULES),
         ]
@@ -219,9 +263,10 @@ class BuildNativeModules(build_ext):
             nvcc = find_nvcc()
             assert isinstance(nvcc, Path)
             architectures = cuda_architectures(nvcc)
+            host_compiler = env.get("CUDAHOSTCXX") or shlex.split(env["CXX"])[0]
             configure += [
                 f"-DCMAKE_CUDA_COMPILER={nvcc}",
-                f"-DCMAKE_CUDA_HOST_COMPILER={shutil.which(shlex.split(env['CXX'])[0])}",
+                f"-DCMAKE_CUDA_HOST_COMPILER={shutil.which(host_compiler) or host_compiler}",
                 f"-DCMAKE_CUDA_ARCHITECTURES={cmake_architectures(architectures)}",
                 f"-DLOOKAHEAD_FUSED_CUDA_ARCHITECTURES={' '.join(architectures)}",
             ]
@@ -230,6 +275,11 @@ class BuildNativeModules(build_ext):
         stamp = build / "configured_with.json"
         if not stamp.is_file() or stamp.read_text(encoding="utf-8") != told:
             shutil.rmtree(build, ignore_errors=True)
+        # But not for another list of Pythons: the kernels are the same for all of them.
+        configure += [
+            f"-DLOOKAHEAD_FUSED_PYTHON_INCLUDES={';'.join(python.include for python in pythons())}",
+            f"-DLOOKAHEAD_FUSED_PYTHON_SUFFIXES={';'.join(python.suffix for python in pythons())}",
+        ]
         self.call(configure, env)
         stamp.write_text(told, encoding="utf-8")
 
@@ -237,8 +287,9 @@ class BuildNativeModules(build_ext):
         strip = [] if self.debug else ["--strip"]
         self.call([cmake, "--install", str(build), "--prefix", str(self.target_root()), *strip], env)
         for module in wanted:
-            if not (self.target_root() / self.module_file(module)).is_file():
-                raise ExecError(f"CMake did not install {self.module_file(module)}")
+            for file in self.module_files(module):
+                if not (self.target_root() / file).is_file():
+                    raise ExecError(f"CMake did not install {file}")
         records = {module.name: build / f"{module.name}.json" for module in wanted}
         return {name: json.loads(record.read_text(encoding="utf-8")) for name, record in records.items()}
 
@@ -258,12 +309,13 @@ class BuildNativeModules(build_ext):
         """The directory with the package in it that the modules go into."""
         return ROOT if self.inplace else Path(self.build_lib).resolve()
 
-    def module_file(self, module: NativeModule) -> str:
-        return self.get_ext_filename(f"{PACKAGE}.{module.name}")
+    def module_files(self, module: NativeModule) -> list[str]:
+        return [f"{PACKAGE}/{module.name}{python.suffix}" for python in pythons()]
 
     def package_files(self) -> list[str]:
         """What this command puts into the package, relative to it: the files that exist after run()."""
-        files = [*(self.module_file(module) for module in MODULES), f"{PACKAGE}/{BUILD_INFO}"]
+        modules = [file for module in MODULES for file in self.module_files(module)]
+        files = [*modules, f"{PACKAGE}/{BUILD_INFO}"]
         return [file for file in files if (self.target_root() / file).is_file()]
 
     def get_output_mapping(self) -> dict[str, str]:
@@ -281,6 +333,14 @@ class BuildPython(build_py):
         if not self.editable_mode:
             shutil.rmtree(Path(self.build_lib, PACKAGE), ignore_errors=True)
         super().run()
+
+
+class BuildWheel(bdist_wheel):
+    """Tags a wheel that has modules for several Pythons as one for all of them, and for the platform alone."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        implementation, abi, platform = super().get_tag()
+        return ("py3", "none", platform) if PYTHONS else (implementation, abi, platform)
 
 
 class SourceDistribution(sdist):
@@ -341,11 +401,14 @@ def parallel_arguments() -> list[str]:
     return ["--parallel", jobs]
 
 
-LOCAL_VERSION = os.environ.get("LOOKAHEAD_FUSED_LOCAL_VERSION", "")
-
 setup(
     options={"egg_info": {"tag_build": f"+{LOCAL_VERSION}"}} if LOCAL_VERSION else {},
     # Named here so that the wheel carries the platform's tag, with or without modules in it.
     ext_modules=[Extension(f"{PACKAGE}.{module.name}", sources=[]) for module in MODULES],
-    cmdclass={"build_ext": BuildNativeModules, "build_py": BuildPython, "sdist": SourceDistribution},
+    cmdclass={
+        "bdist_wheel": BuildWheel,
+        "build_ext": BuildNativeModules,
+        "build_py": BuildPython,
+        "sdist": SourceDistribution,
+    },
 )

@@ -16,6 +16,11 @@ set(exact_options
     -fsigned-zeros
     -ffp-contract=off
     -fno-math-errno) # lets sqrt be an instruction; changes no value
+if(target_is_x86_64)
+  list(APPEND exact_options -mfpmath=sse) # the older unit rounds to 64 bits, and again when it stores
+endif()
+# For nvcc's host compiler, which may be another one: it compiles launches alone, and they compute nothing.
+set(exact_host_options ${exact_options})
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   list(APPEND exact_options -fno-single-precision-constant -fno-cx-limited-range)
 else()
@@ -27,9 +32,6 @@ else()
       list(APPEND exact_options ${option})
     endif()
   endforeach()
-endif()
-if(target_is_x86_64)
-  list(APPEND exact_options -mfpmath=sse) # the older unit rounds to 64 bits, and again when it stores
 endif()
 set(exact_link_options -fno-fast-math -fno-unsafe-math-optimizations)
 
@@ -84,7 +86,9 @@ function(refuse_inexact_cxx)
   refuse_inexact_macros("${macros}" "CXX, CXXFLAGS")
 
   string(APPEND flags " ${CMAKE_MODULE_LINKER_FLAGS}")
-  answer_of("${CMAKE_CXX_COMPILER}" "${flags}" steps ${exact_link_options} -shared "-###" "${source}")
+  # It links, for not every compiler (zig's) can tell the steps without taking them.
+  set(linked "${CMAKE_BINARY_DIR}/empty${CMAKE_SHARED_MODULE_SUFFIX}")
+  answer_of("${CMAKE_CXX_COMPILER}" "${flags}" steps ${exact_link_options} -shared -v "${source}" -o "${linked}")
   if(steps MATCHES "crtfastmath")
     string(REGEX MATCHALL "-Ofast|-ffast-math|-funsafe-math-optimizations|-mdaz-ftz" asked "${flags}")
     message(FATAL_ERROR "CXX, CXXFLAGS or LDFLAGS (${asked}) link crtfastmath.o, which changes how the whole process "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-from importlib import resources
+import re
+from importlib import machinery, resources
 from types import ModuleType
 from typing import Any
 
@@ -29,7 +30,23 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
     except Exception as error:  # what a library raises while it is loaded is not always an ImportError
         recorded = info()["modules"].get(name, {}).get("reason")
         told = f"lookahead_fused.{name} could not be imported: {type(error).__name__}: {error}"
-        return None, str(recorded or told)
+        return None, str(recorded or _built_for_others(name) or told)
+
+
+def _built_for_others(name: str) -> str:
+    """That a module is there for other Pythons and not for this one; else empty."""
+    files = {file.name for file in resources.files("lookahead_fused").iterdir() if file.name.startswith(f"{name}.")}
+    if not files or files & {name + suffix for suffix in machinery.EXTENSION_SUFFIXES}:
+        return ""
+    others = ", ".join(map("".join, sorted(map(_python_of, files))))
+    this = "".join(_python_of(name + machinery.EXTENSION_SUFFIXES[0]))
+    return f"this installation has {name} for CPython {others}, and this is {this}"
+
+
+def _python_of(file: str) -> tuple[str, str, str]:
+    """Of "_cpu.cpython-313t-x86_64-linux-gnu.so" ("3.", "13", "t"); in this order from 3.10 on."""
+    found = re.search(r"cpython-(\d)(\d\d)([a-z]*)", file)
+    return (f"{found[1]}.", found[2], found[3]) if found else (file, "", "")
 
 
 def version() -> str:

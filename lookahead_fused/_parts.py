@@ -42,6 +42,10 @@ from ._torch import is_plain, version_counter
 State = MutableMapping[Tensor, Any]
 
 
+# In which rows are shared out, where a backend has no size of its own.
+CHUNK_ELEMENTS = 1 << 14
+
+
 class Pass(Enum):
     """What is done to the rows; see `csrc/table/table.h`."""
 
@@ -55,11 +59,12 @@ class Pass(Enum):
 class Tuning:
     """How compiled tables and walks work; no choice here changes a result.
 
-    `chunk_elements` is the unit in which rows are shared out, `way` the fastest way in which a tensor may be described,
-    `instruction_set` None for the best that the machine has, and with `own_threads` torch's threads are not called.
+    `chunk_elements` is the unit in which rows are shared out, None for the backend's own; `way` the fastest way in
+    which a tensor may be described; `instruction_set` None for the best that the machine has; and with `own_threads`
+    torch's threads are not called.
     """
 
-    chunk_elements: int = 1 << 14
+    chunk_elements: int | None = None
     way: str = "SHIM"
     instruction_set: str | None = None
     own_threads: bool = False
@@ -113,9 +118,16 @@ class CompiledPart:
         spec: What the rows have in common.
         module: The compiled module that keeps the table.
         make_stepper: What walks over it.
+        chunk_elements: The unit in which it shares out rows, if it is not told another.
     """
 
-    def __init__(self, spec: Spec, module: ModuleType, make_stepper: Callable[[CompiledPart], Stepper]) -> None:
+    def __init__(
+        self,
+        spec: Spec,
+        module: ModuleType,
+        make_stepper: Callable[[CompiledPart], Stepper],
+        chunk_elements: int = CHUNK_ELEMENTS,
+    ) -> None:
         self.spec = spec
         self.module = module
         self._step_pass, self._sync_pass = (module.PASSES[pass_.value] for pass_ in (Pass.STEP, Pass.SYNC))
@@ -133,7 +145,7 @@ class CompiledPart:
             # waiting for the garbage collector.
             conform=functools.partial(_conform, spec.grad_dtype),
             read_group=functools.partial(_read_group, spec.arguments, spec.policy),
-            chunk_elements=spec.tuning.chunk_elements,
+            chunk_elements=chunk_elements if spec.tuning.chunk_elements is None else spec.tuning.chunk_elements,
         )
         self.pass_ = Pass.STEP
         self.stepper: Stepper | None = None

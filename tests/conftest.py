@@ -56,9 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Many tests collect garbage, and need not look through all modules and tests for it each time."""
-    gc.collect()
-    gc.freeze()
+    collect_garbage()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -171,7 +169,7 @@ def runtime() -> Iterator[ctypes.CDLL]:
         pytest.skip(f"builds the stand-in: {cuda_on_host.missing()}")
     library = cuda_on_host.control()
     library.control_reset()
-    gc.collect()  # optimizers of other tests, which have events of their own
+    collect_garbage()  # optimizers of other tests, which have events of their own
     # Not by monkeypatch, which tests undo in their middle.
     with mock.patch.dict(BACKENDS, {cuda_on_host.NAME: cuda_on_host.backend()}):
         yield library
@@ -193,6 +191,13 @@ def host_backends() -> Iterator[list[str]]:
     modules = {case.name: STAND_INS[case.name].backend() for case in cases if case.name in STAND_INS}
     with mock.patch.dict(BACKENDS, modules):
         yield [case.name for case in cases]
+
+
+def collect_garbage() -> None:
+    """Collects it, and has no later collection look through what is left: modules, tests, and reports of tests, which
+    grow to a second's work."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+import threading
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from cuda_host import HOST, RULES, set_grads
 from helpers import make_grads, make_optimizer, make_params, seeded
 
+from bench import cuda_on_host
 from bench.cuda_on_host import Torch, calls
 
 pytestmark = pytest.mark.usefixtures("runtime")
@@ -40,6 +43,9 @@ class Capture:
     def replay(self) -> None:
         assert self.runtime.control_replay(ctypes.c_void_p(self.graph)) == 0
 
+    def nodes(self) -> int:
+        return int(self.runtime.control_nodes(ctypes.c_void_p(self.graph)))
+
     def destroy(self) -> None:
         self.runtime.control_destroy_graph(ctypes.c_void_p(self.graph))
 
@@ -57,17 +63,13 @@ def test_twelve_replays_are_twelve_steps(runtime: ctypes.CDLL, rule: str, monkey
         optimizer.step()
         static = make_grads(params, generator=seeded(1))
         capture = Capture(runtime, monkeypatch)
-        keep = []
 
-        def step(static: list = static, params: list = params, optimizer: Any = optimizer, keep: list = keep) -> None:
+        def step(static: list = static, params: list = params, optimizer: Any = optimizer) -> None:
             for p, g in zip(params, static, strict=True):
                 p.grad = g
-            keep.append(optimizer)
             optimizer.step()
 
         if captured:
-            # What torch makes in a capture, the graph owns: here it only has to stay.
-            monkeypatch.setattr(torch, "empty", keeping(torch.empty, keep))
             with capture:
                 step()
             monkeypatch.undo()
@@ -98,9 +100,8 @@ def test_a_sync_between_two_replays(runtime: ctypes.CDLL, rule: str, monkeypatch
         optimizer = make_optimizer(rule, params, HOST, **RULES[rule])
         set_grads(params, seeded(0))
         optimizer.step()
-        capture, keep = Capture(runtime, monkeypatch), [optimizer]
+        capture = Capture(runtime, monkeypatch)
         if captured:
-            monkeypatch.setattr(torch, "empty", keeping(torch.empty, keep))
             with capture:
                 optimizer.step()
             monkeypatch.undo()
@@ -113,23 +114,24 @@ def test_a_sync_between_two_replays(runtime: ctypes.CDLL, rule: str, monkeypatch
         assert torch.equal(eager, replayed)
 
 
-def keeping(make: Any, keep: list) -> Any:
-    def kept(*args: Any, **kwargs: Any) -> Any:
-        keep.append(make(*args, **kwargs))
-        return keep[-1]
-
-    return kept
-
-
-def test_a_graph_keeps_what_it_reads(runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replayed after the optimizer is gone, it writes where the tensors were, which nobody else got meanwhile."""
+@pytest.mark.parametrize("where", ["main thread", "another thread"])
+def test_a_graph_keeps_what_it_reads(runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Replayed after the optimizer is gone, it writes where the tensors were, which nobody else got meanwhile. Wherever
+    it is destroyed, all of it is free then, without a further step."""
     params = make_params([(64,)])
     optimizer = make_optimizer("adamw", params, HOST, lr=0.1)
     set_grads(params, seeded(1))
     optimizer.step()
-    keep: list = []
-    monkeypatch.setattr(torch, "empty", keeping(torch.empty, keep))
     capture = Capture(runtime, monkeypatch)
+    made: list[weakref.ref] = []
+    apart = Torch.memory_apart
+
+    def noted(*args: Any) -> Any:
+        memory, stream = apart(*args)
+        made.append(weakref.ref(memory))
+        return memory, stream
+
+    monkeypatch.setattr(cuda_on_host.backend(), "_memory_apart", noted)
     with capture:
         optimizer.step()
     monkeypatch.undo()
@@ -139,15 +141,18 @@ def test_a_graph_keeps_what_it_reads(runtime: ctypes.CDLL, monkeypatch: pytest.M
     del optimizer, params
     gc.collect()
     assert runtime.control_live() == live  # the table's events among it
+    assert made[0]() is not None
     before = p.detach().clone()
     capture.replay()
     assert not torch.equal(p, before)
-    capture.destroy()
-    other = make_params([(3,)])
-    set_grads(other, seeded(1))
-    make_optimizer("adamw", other, HOST).step()  # lets go of what destroyed graphs held
-    gc.collect()
+    if where == "main thread":
+        capture.destroy()
+    else:
+        thread = threading.Thread(target=capture.destroy)
+        thread.start()
+        thread.join()
     assert runtime.control_live() < live
+    assert made[0]() is None
 
 
 def test_a_capture_without_warm_up_is_refused(runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,8 +186,8 @@ def test_a_capture_after_a_step_that_failed_is_refused(runtime: ctypes.CDLL, mon
     params = make_params([(5,)])
     optimizer = make_optimizer("adamw", params, HOST)
     set_grads(params, seeded(1))
-    runtime.control_fail_at(ctypes.c_int64(0))
-    with pytest.raises(RuntimeError, match="out of memory"):
+    runtime.control_fail_at(ctypes.c_int64(2))  # after the leave to pin memory
+    with pytest.raises(RuntimeError, match="cudaGetDevice failed: out of memory"):
         optimizer.step()
     runtime.control_reset()
     capture = Capture(runtime, monkeypatch)
@@ -194,17 +199,28 @@ def test_a_capture_after_a_step_that_failed_is_refused(runtime: ctypes.CDLL, mon
     assert optimizer.state[params[0]]["step"] == 1
 
 
-def test_a_captured_step_makes_three_nodes(runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_captured_step_makes_two_nodes(runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two kernels: what they read of the table is copied once, which has come to its end before the first replay."""
     params = make_params([(5,)] * 1000)
     optimizer = make_optimizer("adamw", params, HOST)
     set_grads(params, seeded(1))
     optimizer.step()
     runtime.control_reset()
-    keep: list = []
-    monkeypatch.setattr(torch, "empty", keeping(torch.empty, keep))
+    runtime.control_late(True)
     capture = Capture(runtime, monkeypatch)
     with capture:
         optimizer.step()
     made = Counter(calls())
-    assert (made["cudaLaunchKernelEx"], made["cudaMemcpyAsync"]) == (2, 1)
+    assert (made["cudaLaunchKernelEx"], capture.nodes()) == (2, 2)
+    assert made["cudaMemcpyAsync"] == 1
+    read = [p.grad for p in params]  # by the graph
+    set_grads(params, seeded(2))
+    optimizer.step()  # overwrites what eager steps read
+    runtime.control_drain(None)
+    runtime.control_reset()
+    before = [p.detach().clone() for p in params]
+    capture.replay()
+    assert all(not torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert calls() == []
     capture.destroy()
+    del read

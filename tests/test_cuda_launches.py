@@ -93,6 +93,16 @@ def test_the_device_is_put_back(runtime: ctypes.CDLL) -> None:
         assert calls().count("cudaSetDevice") == (0 if device == 0 else 2)
 
 
+def test_a_query_makes_a_context_on_its_device_alone(runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the device that was current before, where this process may have nothing to do."""
+    backend = cuda_on_host.backend()
+    monkeypatch.setattr(backend, "_current", Torch.current)
+    backend._load_kernels.cache_clear()
+    assert backend._refusal(cuda_on_host.load(), 1) == ""
+    assert "cudaFuncGetAttributes" in calls()
+    assert runtime.control_contexts() == 1 << 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moved", [False, True])
 def test_host_work_of_a_step(runtime: ctypes.CDLL, moved: bool, capsys: pytest.CaptureFixture[str]) -> None:

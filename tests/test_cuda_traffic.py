@@ -10,7 +10,7 @@ import torch
 from cuda_host import FURTHER, HOST, RULES, set_grads
 from helpers import Lockstep, can_set_grad_dtype, make_grads, make_optimizer, seeded, set_grad, tune
 
-from lookahead_fused._parts import Tuning
+from lookahead_fused.backends.cuda import CHUNK_ELEMENTS
 
 pytestmark = pytest.mark.usefixtures("runtime")
 
@@ -140,9 +140,21 @@ def aligned(tensor: torch.Tensor, alignment: int) -> torch.Tensor:
 
 
 def test_the_table_is_a_small_part_of_the_traffic() -> None:
-    """What a block reads of the table, against the chunk it updates."""
-    row, chunk, step = 88, 16, 128
-    assert (row + chunk + step) / (28 * Tuning().chunk_elements) < 0.01
+    """What a block reads of the table, against the chunk it updates, which is the smallest for AdamW in bf16."""
+    row, chunk, step = 128, 16, 192
+    assert (row + chunk + step) / (22 * CHUNK_ELEMENTS) < 0.01
+
+
+@pytest.mark.parametrize(("tuned", "blocks"), [({}, 4), ({"chunk_elements": 1000}, 13)])
+def test_what_a_block_updates(runtime: ctypes.CDLL, tuned: dict[str, int], blocks: int) -> None:
+    """4096 elements, or as many as it is told."""
+    p = torch.nn.Parameter(torch.randn(3 * 4096 + 1))
+    optimizer = make_optimizer("adamw", [p], HOST)
+    tune(optimizer, **tuned)
+    set_grads([p], seeded(1))
+    optimizer.step()
+    (part,) = optimizer._table.parts
+    assert part.table.chunk_count == blocks
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])

@@ -144,6 +144,18 @@ def test_tensors_trade_places_that_only_their_attributes_describe(monkeypatch: p
         assert same_tensor_bits(b, was_a)
 
 
+def test_every_instruction_set_of_the_processor_is_found() -> None:
+    """A compiler's own library may know none of them, and every step would be a slow one with the right bits."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    if flags is None:
+        pytest.skip("only Linux on x86 lists the processor's flags")
+    needed = {"avx2": "avx2 f16c", "avx512": "avx2 f16c avx512f avx512bw avx512dq avx512vl"}
+    present = [name for name, listed in needed.items() if set(listed.split()) <= set(flags[1].split())]
+    assert native is not None
+    assert native.instruction_sets() == ["baseline", *present]
+
+
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="avx1024"):
         run("sgd", torch.float32, instruction_set="avx1024")

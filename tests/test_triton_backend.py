@@ -22,19 +22,18 @@ import triton_on_host
 from cuda_host import RULES
 from helpers import make_optimizer, make_params, same_tensor_bits, seconds_to_ask_for_addresses, seeded
 from torch import Tensor
-from triton_host import HOST, Driver, Recorder, needs_triton, set_grads
+from triton_host import HOST, Driver, Recorder, needs_interpreter, needs_triton, set_grads
 
 from lookahead_fused import _build as build
-from lookahead_fused._parts import Pass, Tuning
+from lookahead_fused._parts import CHUNK_ELEMENTS as CHUNK
+from lookahead_fused._parts import Pass
 from lookahead_fused.backends import triton
-
-CHUNK = Tuning().chunk_elements
 
 # ------------------------------------------------------------------------------------------------------------
 # launches, uploads, memory
 
 
-@needs_triton
+@needs_interpreter
 @pytest.mark.parametrize("count", [1, 148, 3000])
 def test_launches_and_uploads_of_a_step(host: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two launches for any number of tensors and groups; one copy where a gradient moved, none where none did; and no
@@ -69,7 +68,7 @@ def test_launches_and_uploads_of_a_step(host: Any, count: int, monkeypatch: pyte
     assert all(torch.equal(source, as_given) for source, as_given in sources)
 
 
-@needs_triton
+@needs_interpreter
 @pytest.mark.parametrize("numel", [1, 1500])
 @pytest.mark.parametrize(("dtype", "master"), [(torch.float32, False), (torch.float64, False), (torch.bfloat16, True)])
 @pytest.mark.parametrize("rule", RULES)
@@ -121,7 +120,7 @@ def test_each_array_is_read_and_written_once(
             assert sum(traffic.values()) == numel * (28 if t % 3 else 36)
 
 
-@needs_triton
+@needs_interpreter
 def test_streams_that_read_its_memory_are_made_known(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Freed, it must not be given away while another stream than the one it was made on still reads it."""
     used: list[int] = []
@@ -140,7 +139,7 @@ def test_streams_that_read_its_memory_are_made_known(host: Any, monkeypatch: pyt
         assert set(used) == (memory - on_the_host if expected else set())
 
 
-@needs_triton
+@needs_interpreter
 def test_a_tensor_of_more_than_2_to_the_32_elements(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its last chunk is that of a small tensor; an offset of 32 bits would end in the tensor's first elements. Of some
     50 GB of addresses there is memory behind those alone that are touched."""
@@ -189,7 +188,7 @@ def test_a_tensor_of_more_than_2_to_the_32_elements(host: Any, monkeypatch: pyte
     assert not any(torch.equal(small[i], before[i]) for i in (0, 2, 3))
 
 
-@needs_triton
+@needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rule", RULES)
 def test_the_stand_in_computes_what_the_interpreter_does(
@@ -227,7 +226,9 @@ def driver(host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterato
     from triton.runtime import driver as config
 
     monkeypatch.setattr(host, "kernels", triton.kernels)
-    before = config._active
+    # Also where nothing is interpreted.
+    monkeypatch.setattr(host, "unavailable", lambda device=None: "")
+    before = dict(vars(config))
     config.set_active(Driver())
     for kernel in (triton.kernels().rows, triton.kernels().chunks):
         kernel.device_caches.clear()
@@ -239,7 +240,7 @@ def driver(host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterato
         kernel.device_caches.clear()
     # What was compiled unloads itself by the driver that loaded it.
     gc.collect()
-    config._active = before
+    vars(config).update(before)
 
 
 def compilations() -> int:
@@ -316,9 +317,8 @@ def test_host_work_of_a_step(driver: type[Driver], capsys: pytest.CaptureFixture
     assert each < 3.7
 
 
+@needs_interpreter
 def test_copies_of_an_optimizer_share_nothing(host: Any) -> None:
-    if triton_on_host.missing():
-        pytest.skip(triton_on_host.missing())
     params = make_params([(5,)])
     optimizer = make_optimizer("adamw", params, HOST, lr=0.1)
     set_grads(params, 1)

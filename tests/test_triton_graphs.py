@@ -15,7 +15,7 @@ import triton_on_host
 from cuda_host import RULES
 from helpers import make_grads, make_optimizer, make_params, same_tensor_bits, seeded
 from torch import Tensor
-from triton_host import HOST, Recorder, needs_triton, set_grads
+from triton_host import HOST, Recorder, needs_interpreter, set_grads
 
 
 class Graph:
@@ -49,7 +49,7 @@ class Graph:
             launch()
 
 
-@needs_triton
+@needs_interpreter
 @pytest.mark.parametrize("rule", RULES)
 def test_replays_are_steps(host: Any, rule: str) -> None:
     """Eager steps on other gradients, with another lr, in between: a replay still has its own."""
@@ -79,7 +79,7 @@ def test_replays_are_steps(host: Any, rule: str) -> None:
         assert same_tensor_bits(p, q)
 
 
-@needs_triton
+@needs_interpreter
 def test_a_graph_outlives_its_optimizer(host: Any) -> None:
     """It keeps what it reads and writes for as long as its parameters are there, and no longer."""
     params = make_params([(64,), (3, 4)])
@@ -101,7 +101,7 @@ def test_a_graph_outlives_its_optimizer(host: Any) -> None:
     assert all(reference() is None for reference in state)
 
 
-@needs_triton
+@needs_interpreter
 def test_captures_pin_no_memory(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """That may not be done while a stream is being captured: it was done before, and the same again needs no more."""
     params = make_params([(5,)])
@@ -120,7 +120,7 @@ def test_captures_pin_no_memory(host: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert first.source() is not None
 
 
-@needs_triton
+@needs_interpreter
 @pytest.mark.parametrize("fails", ["table", "chunks"])
 def test_a_capture_after_a_step_that_failed_is_refused(host: Any, fails: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is state, and no table on the device yet, or no compiled kernel: neither can be made in a capture. What

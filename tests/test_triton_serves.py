@@ -62,26 +62,29 @@ def test_broken(fresh: pytest.MonkeyPatch) -> None:
 
 @needs_triton
 def test_too_old(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setattr(triton, "version", lambda: "3.6.0")
-    assert triton.unavailable(torch.device("cuda")) == "triton 3.6.0 is too old: install 3.7 or newer"
+    fresh.setattr(triton, "version", lambda: "3.3.1")
+    assert triton.unavailable(torch.device("cuda")) == (
+        "triton 3.3.1 does not compile the kernels: install torch 2.8 or newer, which brings triton 3.4 or newer"
+    )
 
 
 @needs_triton
 def test_without_a_driver(fresh: pytest.MonkeyPatch) -> None:
-    from triton.runtime import driver as config
+    from triton import runtime
 
     if torch.accelerator.current_accelerator().type != "cuda" or torch.cuda.is_available():  # type: ignore[union-attr]
         pytest.skip("there is a driver")
-    fresh.setattr(config, "_active", None)
-    fresh.setattr(config, "_default", None)
+    fresh.setattr(runtime, "driver", type(runtime.driver)())
     assert "0 active drivers" in triton.unavailable(torch.device("cuda"))
 
 
 @needs_triton
 def test_a_driver_of_other_devices(fresh: pytest.MonkeyPatch) -> None:
-    from triton.runtime import driver as config
+    from triton import runtime
 
-    fresh.setattr(config, "_active", Driver())
+    drivers = type(runtime.driver)()
+    drivers.set_active(Driver())
+    fresh.setattr(runtime, "driver", drivers)
     assert triton.unavailable(torch.device("cuda")) == ""
     triton._broken.cache_clear()
     fresh.setattr(torch.accelerator, "current_accelerator", lambda *a: torch.device("xpu"))

@@ -10,7 +10,12 @@ import torch
 import triton_on_host
 from helpers import BackendCase, make_grads, seeded, set_grad
 
-needs_triton = pytest.mark.skipif(bool(triton_on_host.missing()), reason=f"runs Triton: {triton_on_host.missing()}")
+needs_triton = pytest.mark.skipif(
+    bool(triton_on_host.not_compiled()), reason=f"runs Triton: {triton_on_host.not_compiled()}"
+)
+needs_interpreter = pytest.mark.skipif(
+    bool(triton_on_host.missing()), reason=f"interprets kernels: {triton_on_host.missing()}"
+)
 HOST = BackendCase(triton_on_host.NAME, "cpu", 0.0)
 
 

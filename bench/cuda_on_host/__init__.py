@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -128,11 +129,12 @@ def control() -> ctypes.CDLL:
     """The stand-in's own functions: all that is marked CONTROL."""
     library = ctypes.CDLL(load().__file__)
     library.control_calls.restype = ctypes.c_char_p
-    for name in ("live", "read", "written", "elsewhere", "sectors"):
+    for name in ("live", "read", "written", "elsewhere", "sectors", "nodes"):
         getattr(library, f"control_{name}").restype = ctypes.c_int64
     for name in ("make_stream", "end_capture"):
         getattr(library, f"control_{name}").restype = ctypes.c_void_p
-    library.control_is_capturing.restype = ctypes.c_bool
+    for name in ("is_capturing", "pin"):
+        getattr(library, f"control_{name}").restype = ctypes.c_bool
     return library
 
 
@@ -150,15 +152,32 @@ class Torch:
     def pinned(cls, size: int) -> torch.Tensor:
         tensor = torch.empty(size, dtype=torch.uint8, device="cpu")
         address = tensor.data_ptr()
-        control().control_pinned(ctypes.c_void_p(address), ctypes.c_int64(size))
-        import weakref
-
-        weakref.finalize(tensor, control().control_unpinned, ctypes.c_void_p(address))
+        if not control().control_pin(ctypes.c_void_p(address), ctypes.c_int64(size)):
+            raise RuntimeError("cudaHostAlloc failed: operation not permitted when stream is capturing")
+        weakref.finalize(tensor, control().control_unpin, ctypes.c_void_p(address))
         return tensor
+
+    @classmethod
+    def memory_apart(cls, device: torch.device, size: int) -> tuple[torch.Tensor, int]:
+        stream = control().control_make_stream(0)
+        # Zeros: read before the copy has arrived, they are null addresses and not any.
+        tensor = torch.zeros(size, dtype=torch.uint8, device="cpu")
+        weakref.finalize(tensor, control().control_destroy_stream, ctypes.c_void_p(stream))
+        return tensor, stream
 
     @classmethod
     def is_capturing(cls, device: torch.device) -> bool:
         return bool(control().control_is_capturing(ctypes.c_void_p(cls.stream)))
+
+    @staticmethod
+    @contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        """What torch.cuda.device is."""
+        before = control().control_go_to_device(device.index)
+        try:
+            yield
+        finally:
+            control().control_go_back_to_device(before)
 
     @classmethod
     @contextmanager
@@ -189,6 +208,7 @@ def backend() -> ModuleType:
     module._stream = lambda device: Torch.stream
     module._is_capturing = Torch.is_capturing
     module._pinned = Torch.pinned
+    module._memory_apart = Torch.memory_apart
     module._used_on_current_stream = lambda tensor: None
     return module
 

@@ -43,6 +43,7 @@ struct Control {
     bool late = false;     // operations wait on their stream
     bool idle = false;     // kernels do nothing
     int device = 0;
+    unsigned contexts = 0;  // a bit for each device that has one
     std::vector<std::pair<uintptr_t, uintptr_t>> pinned;
     std::vector<cudaStream_t> streams;
     int capturing = 0;
@@ -93,6 +94,11 @@ cudaError_t drain(StandInStream& stream) {
     return first;
 }
 
+void make_current(int device) {
+    control.device = device;
+    control.contexts |= 1u << device;
+}
+
 bool may_wait() { return control.capturing == 0 || control.mode == cudaStreamCaptureModeRelaxed; }
 
 }  // namespace
@@ -101,6 +107,7 @@ namespace stand_in {
 
 cudaError_t load_kernel() {
     ENTER("cudaFuncGetAttributes");
+    make_current(control.device);
     return may_wait() ? cudaSuccess : cudaErrorStreamCaptureUnsupported;
 }
 
@@ -161,7 +168,7 @@ cudaError_t cudaGetDevice(int* device) {
 
 cudaError_t cudaSetDevice(int device) {
     ENTER("cudaSetDevice");
-    control.device = device;
+    make_current(device);
     return cudaSuccess;
 }
 
@@ -264,6 +271,7 @@ CONTROL void control_reset() {
     control.order = 0;
     control.late = control.idle = false;
     control.device = 0;
+    control.contexts = 0;
     forget_traffic();
 }
 CONTROL const char* control_calls() { return control.calls.c_str(); }
@@ -274,8 +282,13 @@ CONTROL void control_late(bool late) { control.late = late; }
 CONTROL void control_idle(bool idle) { control.idle = idle; }
 CONTROL int control_device() { return control.device; }
 CONTROL void control_set_device(int device) { control.device = device; }
-CONTROL void control_pinned(uintptr_t address, int64_t bytes) { control.pinned.emplace_back(address, address + bytes); }
-CONTROL void control_unpinned(uintptr_t address) {
+// False where the driver would refuse it.
+CONTROL bool control_pin(uintptr_t address, int64_t bytes) {
+    if (!may_wait()) return false;
+    control.pinned.emplace_back(address, address + bytes);
+    return true;
+}
+CONTROL void control_unpin(uintptr_t address) {
     auto& pinned = control.pinned;
     pinned.erase(std::remove_if(pinned.begin(), pinned.end(), [=](const auto& p) { return p.first == address; }),
                  pinned.end());
@@ -287,6 +300,16 @@ CONTROL StandInStream* control_make_stream(int device) {
 }
 CONTROL void control_destroy_stream(StandInStream* stream) { delete stream; }
 CONTROL int control_drain(StandInStream* stream) { return drain(real(stream)); }
+CONTROL unsigned control_contexts() { return control.contexts; }
+// As torch's guard goes to a device, and back: without a context on the one that it came from, it stays.
+CONTROL int control_go_to_device(int device) {
+    const int before = control.device;
+    make_current(device);
+    return before;
+}
+CONTROL void control_go_back_to_device(int device) {
+    if ((control.contexts >> device & 1u) != 0) make_current(device);
+}
 CONTROL void control_begin_capture(StandInStream* stream) {
     real(stream).capturing = new StandInGraph;
     ++control.capturing;
@@ -296,6 +319,7 @@ CONTROL StandInGraph* control_end_capture(StandInStream* stream) {
     return std::exchange(real(stream).capturing, nullptr);
 }
 CONTROL bool control_is_capturing(StandInStream* stream) { return real(stream).capturing != nullptr; }
+CONTROL int64_t control_nodes(StandInGraph* graph) { return static_cast<int64_t>(graph->operations.size()); }
 CONTROL int control_replay(StandInGraph* graph) {
     for (const Operation& operation : graph->operations) {
         const cudaError_t error = operation();

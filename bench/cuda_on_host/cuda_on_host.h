@@ -10,6 +10,7 @@
 #include <functional>
 #include <tuple>
 
+#define CUDART_VERSION 13000
 #define __global__
 #define __device__
 #define __host__
@@ -139,6 +140,12 @@ inline float half_bits_to_float(uint16_t half) {
                             : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
                                             : std::ldexp(static_cast<float>(fraction | 0x400), exponent - 25);
     return half & 0x8000 ? -magnitude : magnitude;
+}
+
+inline uint16_t float_to_bfloat16_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return static_cast<uint16_t>(std::isnan(value) ? 0x7fffu : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 inline uint16_t float_to_half_bits(float value) {

@@ -4,6 +4,7 @@
 
 #include "floating_point.h"
 #include "parallel.h"
+#include "processor.h"
 
 namespace lookahead_fused {
 namespace {
@@ -21,13 +22,8 @@ struct InstructionSet {
 constexpr InstructionSet INSTRUCTION_SETS[] = {
     {"baseline", [] { return true; }, &find_baseline},
 #if LOOKAHEAD_FUSED_X86
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }, &find_avx2},
-    {"avx512",
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     },
-     &find_avx512},
+    {"avx2", [] { return processor().avx2; }, &find_avx2},
+    {"avx512", [] { return processor().avx2 && processor().avx512; }, &find_avx512},
 #endif
 };
 

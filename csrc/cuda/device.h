@@ -15,6 +15,7 @@ inline void check(cudaError_t error, const std::string& call) {
     throw std::runtime_error(call + " failed: " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
 }
 
+// For callers without a guard of their own: to put a device back that had no context yet is to make one there.
 class DeviceGuard {
    public:
     explicit DeviceGuard(int device) {

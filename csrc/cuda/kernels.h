@@ -1,9 +1,9 @@
-// What a rule's translation unit gives out: for a pattern of dtypes, the two launches of a pass.
+// What a rule's translation unit gives out: for a pattern of dtypes, the two launches of a pass. nvcc's host compiler
+// may be another than the one of all other files, with another standard library: none of its classes stands in here.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <string>
 
 #include "../table/table.h"
 #include "runtime.h"
@@ -27,7 +27,7 @@ constexpr int ROW_THREADS = 128;    // one for each row
 constexpr int CHUNK_THREADS = 256;  // a block for each chunk
 
 struct Kernel {
-    std::string name;  // as errors have it: "adam of bfloat16 with float32 gradients"
+    const char *rule, *param, *grad;  // by their names, for errors; grad is null where it is as param
     size_t step_bytes;
     bool reads_gradient;
     // Advances the step counter of every row that takes part and writes the coefficients of its update.

@@ -52,15 +52,8 @@ __device__ __forceinline__ float widen(BFloat16 value) {
     return widened;
 }
 
-// Rounded to the nearest, ties to even. In integers on every architecture, the only way on the oldest one: a dozen
-// instructions hide behind the memory, and the bits are the CPU's, NaN included.
-__device__ __forceinline__ void narrow(float value, BFloat16& to) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof(bits));
-    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    to.bits = static_cast<uint16_t>(is_nan ? 0x7fffu : rounded);
-}
+// Rounded to the nearest, ties to even; the bits are the CPU's, NaN included.
+__device__ __forceinline__ void narrow(float value, BFloat16& to) { to.bits = float_to_bfloat16_bits(value); }
 
 __device__ __forceinline__ float widen(Float16 value) { return half_bits_to_float(value.bits); }
 

@@ -39,5 +39,19 @@ __device__ __forceinline__ uint16_t float_to_half_bits(float value) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
 }
+
+// Every NaN becomes 0x7fff, on either way.
+__device__ __forceinline__ uint16_t float_to_bfloat16_bits(float value) {
+#if __CUDA_ARCH__ >= 800
+    uint16_t rounded;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
+    return rounded;
+#else
+    // The oldest architecture has no instruction for it.
+    const uint32_t bits = __float_as_uint(value);
+    const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    return static_cast<uint16_t>(is_nan ? 0x7fffu : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#endif
+}
 #endif
 #endif

@@ -15,6 +15,12 @@ std::string copied(size_t bytes, const char* what) {
     return "cudaMemcpyAsync of " + std::to_string(bytes) + " bytes (" + what + ") to the device";
 }
 
+// "adam of bfloat16 with float32 gradients"
+std::string name_of(const Kernel& kernel) {
+    const std::string name = std::string(kernel.rule) + " of " + kernel.param;
+    return kernel.grad == nullptr ? name : name + " with " + kernel.grad + " gradients";
+}
+
 // The graph that the stream is being captured into, or null.
 cudaGraph_t capturing(cudaStream_t stream) {
     cudaStreamCaptureStatus status;
@@ -27,8 +33,8 @@ cudaGraph_t capturing(cudaStream_t stream) {
 // While another thread captures a graph, this needs leave: a module that is not loaded yet allocates memory.
 void load(const Kernel& kernel, int device) {
     const MayWait allowed;
-    check(kernel.load(), std::string("loading the kernels of ") + kernel.name + " onto device " +
-                             std::to_string(device) + " (this build has " LOOKAHEAD_FUSED_CUDA_ARCHITECTURES ")");
+    check(kernel.load(), "loading the kernels of " + name_of(kernel) + " onto device " + std::to_string(device) +
+                             " (this build has " LOOKAHEAD_FUSED_CUDA_ARCHITECTURES ")");
 }
 
 }  // namespace
@@ -101,13 +107,17 @@ void Stepper::step(const Table& table, const StepArguments& arguments, cudaStrea
     launch(table, arguments, memory_.moving, stream);
 }
 
-void Stepper::capture(const Table& table, const StepArguments& arguments, std::byte* moving, std::byte* pinned,
+void Stepper::capture(const Table& table, const StepArguments& arguments, std::byte* moving, cudaStream_t moving_stream,
                       cudaStream_t stream) {
     const DeviceGuard guard(device_);
     gather(table, arguments.pass);
-    std::memcpy(pinned, moving_.data(), moving_.size());
-    check(cudaMemcpyAsync(moving, pinned, moving_.size(), cudaMemcpyHostToDevice, stream),
-          copied(moving_.size(), "gradients and groups"));
+    {
+        // Waited for: nothing orders the first replay, on whatever stream it is, after this.
+        const MayWait allowed;
+        check(cudaMemcpyAsync(moving, moving_.data(), moving_.size(), cudaMemcpyHostToDevice, moving_stream),
+              copied(moving_.size(), "gradients and groups"));
+        check(cudaStreamSynchronize(moving_stream), "cudaStreamSynchronize");
+    }
     launch(table, arguments, moving, stream);
 }
 
@@ -184,8 +194,9 @@ void Stepper::launch(const Table& table, const StepArguments& arguments, const s
 void Stepper::check_launch(cudaError_t error, const char* which, const Kernel& kernel, unsigned blocks,
                            int threads) const {
     if (error == cudaSuccess) return;
-    check(error, std::string("launch of the ") + which + " kernel of " + kernel.name + " in " + std::to_string(blocks) +
-                     " blocks of " + std::to_string(threads) + " threads on device " + std::to_string(device_));
+    check(error, std::string("launch of the ") + which + " kernel of " + name_of(kernel) + " in " +
+                     std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads on device " +
+                     std::to_string(device_));
 }
 
 void retain_for_graph(cudaStream_t stream, void* object, void (*release)(void*)) {

@@ -54,8 +54,10 @@ class Stepper {
     void step(const Table& table, const StepArguments& arguments, cudaStream_t stream);
 
     // The same into a stream that is being captured. A replay must find what was moving as it is now, whatever steps
-    // are made meanwhile: it gets `moving` for itself, filled from `pinned`, which has to live as long as the graph.
-    void capture(const Table& table, const StepArguments& arguments, std::byte* moving, std::byte* pinned,
+    // are made meanwhile: the graph gets `moving` for itself, which has to live as long. That is filled here and now,
+    // on a stream that is not captured, and not by the graph, where every replay would repeat the copy. So it must not
+    // come from the graph's memory pool: there other tensors of the graph may lie in it before or after this step.
+    void capture(const Table& table, const StepArguments& arguments, std::byte* moving, cudaStream_t moving_stream,
                  cudaStream_t stream);
 
     // Sends rows and chunks again, as many as there were: a tensor of a row's state lies elsewhere than before.
@@ -91,7 +93,7 @@ class Stepper {
 // `release` is called then, on any thread, and must not call CUDA. It is called at once where this throws.
 void retain_for_graph(cudaStream_t stream, void* object, void (*release)(void*));
 
-// Throws, with the driver's reason, where it has no kernels for a device.
+// Throws, with the driver's reason, where it has no kernels for a device. It makes a context there.
 void load_kernels(int device);
 
 // How many devices the runtime sees. Throws where it cannot tell, with the reason.

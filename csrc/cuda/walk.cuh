@@ -317,10 +317,10 @@ cudaError_t launch(void (*kernel)(Arguments...), unsigned blocks, int threads, c
 template <class Rule, class P, class G>
 const Kernel* kernel() {
     using T = Compute<P>;
-    std::string name = std::string(Rule::name) + " of " + DtypeOf<P>::name;
-    if (Rule::reads_gradient && !std::is_same_v<P, G>) name += std::string(" with ") + DtypeOf<G>::name + " gradients";
-    static const Kernel kernel{
-        name,
+    static constexpr Kernel kernel{
+        Rule::name,
+        DtypeOf<P>::name,
+        Rule::reads_gradient && !std::is_same_v<P, G> ? DtypeOf<G>::name : nullptr,
         sizeof(RowStep<Rule, T>),
         Rule::reads_gradient,
         [](const Launch& arguments, unsigned blocks, cudaStream_t stream) {

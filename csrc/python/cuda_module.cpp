@@ -38,12 +38,16 @@ StepArguments arguments_of(const TableBinding& table, uintptr_t grad_scale, uint
 }
 
 // What captured graphs held and let go of. They do so on any thread and in the midst of calls to CUDA, where no Python
-// object may be freed: that waits for the next step.
+// object may be freed. So Python is asked to have its main thread do it between two instructions; while that thread is
+// in a long call, whoever makes, runs or deletes a stepper is first, and until then the memory stays allocated.
 class Dropped {
    public:
     static void add(void* object) {
         const std::lock_guard<std::mutex> lock(mutex());
         objects().push_back(static_cast<PyObject*>(object));
+        // Needs no GIL and calls no CUDA. There is room for 32 calls of all extensions: one is enough for all objects,
+        // and where it finds no room the next object asks again. At the end of the process there is nobody to ask.
+        if (!asked() && Py_IsInitialized()) asked() = Py_AddPendingCall(&release_later, nullptr) == 0;
     }
     // To be called with the GIL held.
     static void release() {
@@ -56,6 +60,18 @@ class Dropped {
     }
 
    private:
+    static int release_later(void*) {
+        {
+            const std::lock_guard<std::mutex> lock(mutex());
+            asked() = false;
+        }
+        release();
+        return 0;
+    }
+    static bool& asked() {
+        static bool instance = false;
+        return instance;
+    }
     static std::mutex& mutex() {
         static auto* const instance = new std::mutex;
         return *instance;
@@ -72,6 +88,7 @@ class StepperBinding {
     StepperBinding(const TableBinding& table, int device, uintptr_t fixed, uintptr_t moving, uintptr_t pinned,
                    uintptr_t stream, py::object owners)
         : owners_(std::move(owners)) {
+        Dropped::release();
         const Table view = table.view();
         if (view.row_count > 0 &&
             (table.device_type() != LOOKAHEAD_FUSED_DLPACK_DEVICE || table.device_id() != device)) {
@@ -80,6 +97,10 @@ class StepperBinding {
         const Memory memory{pointer(fixed), pointer(moving), pointer(pinned)};
         stepper_ = std::make_unique<Stepper>(view, kernels_for(table), device, memory, stream_of(stream));
     }
+
+    ~StepperBinding() { Dropped::release(); }
+    StepperBinding(const StepperBinding&) = delete;
+    StepperBinding& operator=(const StepperBinding&) = delete;
 
     static std::pair<size_t, size_t> sizes(const TableBinding& table) {
         const Sizes sizes = lookahead_fused::sizes(table.view(), kernels_for(table));
@@ -99,10 +120,10 @@ class StepperBinding {
 
     // `owners` is kept as long as the graph.
     void capture(const TableBinding& table, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t stream,
-                 uintptr_t moving, uintptr_t pinned, py::object owners) {
+                 uintptr_t moving, uintptr_t moving_stream, py::object owners) {
         retain_for_graph(stream_of(stream), owners.release().ptr(), &Dropped::add);
-        stepper_->capture(table.view(), arguments_of(table, grad_scale, found_inf), pointer(moving), pointer(pinned),
-                          stream_of(stream));
+        stepper_->capture(table.view(), arguments_of(table, grad_scale, found_inf), pointer(moving),
+                          stream_of(moving_stream), stream_of(stream));
     }
 
    private:
@@ -120,6 +141,8 @@ PYBIND11_MODULE(LOOKAHEAD_FUSED_CUDA_MODULE, module) {
     bind_watch(module);
     module.attr("ring") = RING;
     module.attr("architectures") = LOOKAHEAD_FUSED_CUDA_ARCHITECTURES;
+    // Of CUDA, as 1000 * major + 10 * minor.
+    module.attr("runtime_version") = CUDART_VERSION;
     module.def("device_count", &device_count);
     module.def("load_kernels", &load_kernels);
     // Calls a function that may wait for the device, or allocate memory, while some stream is being captured.
@@ -136,5 +159,5 @@ PYBIND11_MODULE(LOOKAHEAD_FUSED_CUDA_MODULE, module) {
              py::arg("stream"))
         .def("update_fixed", &StepperBinding::update_fixed, py::arg("table"), py::arg("stream"))
         .def("capture", &StepperBinding::capture, py::arg("table"), py::arg("grad_scale"), py::arg("found_inf"),
-             py::arg("stream"), py::arg("moving"), py::arg("pinned"), py::arg("owners"));
+             py::arg("stream"), py::arg("moving"), py::arg("moving_stream"), py::arg("owners"));
 }

@@ -27,9 +27,9 @@ NAME = "triton"
 # CUDA is AMD's ROCm too. For the last two there are drivers outside of Triton's own releases.
 DEVICES: tuple[str, ...] = ("cuda", "xpu", "npu", "mtia")
 
-# The first whose code gives the CPU's bits. The assembler in 3.6 fuses packed operations for compute capability 10 and
-# 12, whatever it is told, and what 3.5 compiles flushes subnormal numbers.
-OLDEST = (3, 7)
+# The first that compiles the kernels, and the torch that brings it. What each since then makes of them,
+# `test_triton_code.py` reads.
+OLDEST, COMES_WITH = (3, 4), (2, 8)
 
 # What captured graphs read, for as long as there is a parameter that they write.
 _captured: Any = WeakIdKeyDictionary()
@@ -201,13 +201,24 @@ def _broken(device_type: str) -> str:
     try:
         from triton.runtime import driver
 
-        if tuple(int(part) for part in version().split(".")[:2]) < OLDEST:
-            return f"triton {version()} is too old: install {'.'.join(map(str, OLDEST))} or newer"
+        if reason := too_old(version()):
+            return reason
         kernels()
         served = driver.active.get_active_torch_device().type
     except Exception as error:
         return _told(error)
     return "" if served == device_type else f"triton {version()} drives devices of type {served}, not {device_type}"
+
+
+def too_old(version: str) -> str:
+    """Why a release of Triton does not serve, or ""."""
+    if tuple(int(number) for number in version.split(".")[:2]) >= OLDEST:
+        return ""
+    oldest, torch_ = (".".join(map(str, numbers)) for numbers in (OLDEST, COMES_WITH))
+    return (
+        f"triton {version} does not compile the kernels: "
+        f"install torch {torch_} or newer, which brings triton {oldest} or newer"
+    )
 
 
 def _told(error: Exception) -> str:

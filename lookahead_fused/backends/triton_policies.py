@@ -10,7 +10,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .triton_rules import LAYOUT, ROWS, compiled_key, lerp, lerp_with, native, power
+from .triton_rules import LAYOUT, ROWS, compiled_key, lerp, lerp_with, multiply, native, power
 
 constexpr = tl.constexpr
 globals().update(LAYOUT)
@@ -41,8 +41,9 @@ def slow_weights(c, p, slow, buffer):
     c = SlowStep(*c)
     if c.outer != 0:
         difference = slow - p
-        buffer = c.outer_momentum * buffer + difference
-        slow = slow - c.outer_alpha * tl.where(c.outer == NESTEROV, difference + c.outer_momentum * buffer, buffer)
+        buffer = multiply(c.outer_momentum, buffer) + difference
+        ahead = difference + multiply(c.outer_momentum, buffer)
+        slow = slow - multiply(c.outer_alpha, tl.where(c.outer == NESTEROV, ahead, buffer))
         p = slow
     else:
         slow = lerp(c.weight_factor, c.weight_from_a, slow, p)
@@ -52,13 +53,13 @@ def slow_weights(c, p, slow, buffer):
 
 @triton.jit
 def slow_average(recovery, y, z):
-    return y + recovery * (y - z)
+    return y + multiply(recovery, y - z)
 
 
 @triton.jit
 def slow_averaged(eval_interp, train_interp, z, x):
-    x = z + eval_interp * (x - z)
-    return z + train_interp * (x - z), x
+    x = z + multiply(eval_interp, x - z)
+    return z + multiply(train_interp, x - z), x
 
 
 @triton.jit

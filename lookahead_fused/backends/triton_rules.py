@@ -3,6 +3,12 @@ can be read side by side. What the hyperparameters of a rule are called is asked
 
 The same bits as everywhere: launched with enable_fp_fusion=False, and in fp32 with the division and the root that round
 correctly, since Triton's plain ones approximate.
+
+For NVIDIA that does not do before Triton 3.7. Of products that 3.6 packs in pairs its assembler fuses each with the sum
+that follows, whatever it is told; and the division and the root of 3.4 and 3.5 lose subnormal numbers. So there these
+three operations are written in assembly, and an element's products, in a rule's update and in what a policy does, are
+`multiply(a, b)` and not `a * b`. A row's coefficients are computed in fp64, which nothing packs. From 3.7 on assembly
+would cost what it saves nobody: products in pairs, and registers.
 """
 
 from __future__ import annotations
@@ -26,20 +32,50 @@ globals().update(LAYOUT)
 _FILES = [Path(__file__).with_name(f"triton_{name}.py").read_bytes() for name in ("rules", "policies", "kernels")]
 SOURCE = f"{_FILES} {native.layout()} {native.rules()} {native.policies()}"
 
+BEFORE_3_7 = tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 7)
+
 # Rows of a program that prepares coefficients.
 ROWS = constexpr(32)
 
 # ---- csrc/rules/numeric.h
 
 
+@tl.core.builtin
+def is_in_assembly(_semantic=None):
+    """Asked of what is being compiled, whatever GPU this machine has."""
+    return constexpr(BEFORE_3_7 and getattr(_semantic.builder.options, "backend_name", "") == "cuda")
+
+
+@tl.core.builtin
+def ptx(operation, *operands, _semantic=None):
+    """An operation of NVIDIA's, element by element and rounded to nearest, as an instruction of its own."""
+    dtype = operands[0].dtype
+    kind = {"fp32": "f", "fp64": "d"}[dtype.name]
+    constraints = ",".join([f"={kind}", *kind * len(operands)])
+    places = ", ".join(f"${i}" for i in range(len(operands) + 1))
+    assembly = f"{operation.value}.rn.f{dtype.primitive_bitwidth} {places};"
+    return tl.inline_asm_elementwise(assembly, constraints, operands, dtype, True, 1, _semantic=_semantic)
+
+
+@triton.jit
+def multiply(a, b):
+    return ptx("mul", a, b) if is_in_assembly() else a * b
+
+
 @triton.jit
 def divide(a, b):
-    return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
+    if is_in_assembly():
+        return ptx("div", a, b)
+    else:
+        return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
 
 
 @triton.jit
 def square_root(x):
-    return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
+    if is_in_assembly():
+        return ptx("sqrt", x)
+    else:
+        return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
 
 
 @triton.jit
@@ -79,7 +115,7 @@ def lerp_with(weight):
 
 @triton.jit
 def lerp(factor, from_a, a, b):
-    return tl.where(from_a != 0, a, b) + factor * (b - a)
+    return tl.where(from_a != 0, a, b) + multiply(factor, b - a)
 
 
 # ---- csrc/rules/rule.h
@@ -138,19 +174,19 @@ def adam_prepare(hyper, step, lr, grad_scale, first):
 @triton.jit
 def adam_update(c, p, g, moments):
     c = AdamCoefficients(*c)
-    g = c.gradient_factor * g
+    g = multiply(c.gradient_factor, g)
     if c.decoupled != 0:
-        p = p * c.decay
+        p = multiply(p, c.decay)
     if c.l2 != 0:
-        g = g + c.weight_decay * p
+        g = g + multiply(c.weight_decay, p)
     m = lerp(c.exp_avg_factor, c.exp_avg_from_a, moments[0], g)
-    v = c.beta2 * moments[1] + c.one_minus_beta2 * (g * g)
+    v = multiply(c.beta2, moments[1]) + multiply(c.one_minus_beta2, multiply(g, g))
     max_v = moments[2]
     second = v
     if c.amsgrad != 0:
         max_v = maximum(v, max_v)
         second = max_v
-    p = p - divide(c.step_size * m, square_root(second) * c.inverse_sqrt_correction2 + c.eps)
+    p = p - divide(multiply(c.step_size, m), multiply(square_root(second), c.inverse_sqrt_correction2) + c.eps)
     return p, (m, v, max_v)
 
 
@@ -182,13 +218,13 @@ def sgd_prepare(hyper, step, lr, grad_scale, first):
 def sgd_update(c, p, g, moments):
     c = SgdCoefficients(*c)
     buffer = moments[0]
-    g = c.gradient_factor * g
+    g = multiply(c.gradient_factor, g)
     if c.decays != 0:
-        g = g + c.weight_decay * p
+        g = g + multiply(c.weight_decay, p)
     if c.accelerated != 0:
-        buffer = tl.where(c.first != 0, g, c.momentum * buffer + c.one_minus_dampening * g)
-        g = tl.where(c.nesterov != 0, g + c.momentum * buffer, buffer)
-    p = p - c.lr * g
+        buffer = tl.where(c.first != 0, g, multiply(c.momentum, buffer) + multiply(c.one_minus_dampening, g))
+        g = tl.where(c.nesterov != 0, g + multiply(c.momentum, buffer), buffer)
+    p = p - multiply(c.lr, g)
     return p, (buffer,)
 
 
@@ -227,20 +263,20 @@ def rmsprop_update(c, p, g, moments):
     c = RMSpropCoefficients(*c)
     buffer = moments[0]
     mean = moments[2]
-    g = c.gradient_factor * g
+    g = multiply(c.gradient_factor, g)
     if c.decays != 0:
-        g = g + c.weight_decay * p
-    square_avg = c.alpha * moments[1] + c.one_minus_alpha * (g * g)
+        g = g + multiply(c.weight_decay, p)
+    square_avg = multiply(c.alpha, moments[1]) + multiply(c.one_minus_alpha, multiply(g, g))
     second = square_avg
     if c.centered != 0:
         mean = lerp(c.grad_avg_factor, c.grad_avg_from_a, mean, g)
-        second = second - mean * mean
+        second = second - multiply(mean, mean)
     if c.accelerated == 0:
-        g = c.lr * g
+        g = multiply(c.lr, g)
     step = divide(g, square_root(second) + c.eps)
     if c.accelerated != 0:
-        buffer = c.momentum * buffer + step
-        step = c.lr * buffer
+        buffer = multiply(c.momentum, buffer) + step
+        step = multiply(c.lr, buffer)
     p = p - step
     return p, (buffer, square_avg, mean)
 
@@ -287,14 +323,14 @@ def radam_prepare(hyper, step, lr, grad_scale, first):
 @triton.jit
 def radam_update(c, p, g, moments):
     c = RAdamCoefficients(*c)
-    g = c.gradient_factor * g
+    g = multiply(c.gradient_factor, g)
     if c.decoupled != 0:
-        p = p * c.decay
+        p = multiply(p, c.decay)
     if c.l2 != 0:
-        g = g + c.weight_decay * p
+        g = g + multiply(c.weight_decay, p)
     m = lerp(c.exp_avg_factor, c.exp_avg_from_a, moments[0], g)
-    v = c.beta2 * moments[1] + c.one_minus_beta2 * (g * g)
-    step = c.step_size * m
+    v = multiply(c.beta2, moments[1]) + multiply(c.one_minus_beta2, multiply(g, g))
+    step = multiply(c.step_size, m)
     if c.rectified != 0:
         step = divide(step, square_root(v) + c.eps)
     p = p - step
@@ -327,9 +363,9 @@ def lion_prepare(hyper, step, lr, grad_scale, first):
 def lion_update(c, p, g, moments):
     c = LionCoefficients(*c)
     m = moments[0]
-    g = c.gradient_factor * g
-    p = p * c.decay - c.lr * sign(c.beta1 * m + c.one_minus_beta1 * g)
-    m = c.beta2 * m + c.one_minus_beta2 * g
+    g = multiply(c.gradient_factor, g)
+    p = multiply(p, c.decay) - multiply(c.lr, sign(multiply(c.beta1, m) + multiply(c.one_minus_beta1, g)))
+    m = multiply(c.beta2, m) + multiply(c.one_minus_beta2, g)
     return p, (m,)
 
 

@@ -94,6 +94,7 @@ def copy(tree, tmp_path):
         shutil.rmtree(copy / "csrc" / directory)
         (copy / "csrc" / directory).mkdir()
     (copy / "csrc/python/cpu_module.cpp").write_text(SMALL_MODULE)
+    (copy / "csrc/cpu/nothing.cpp").touch()
     return copy
 
 

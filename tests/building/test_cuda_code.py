@@ -176,6 +176,13 @@ def test_ptx_asks_for_nothing_fused_or_approximate(path: Path) -> None:
     assert re.findall(r"\b(?:add|sub|mul)\.f(?:32|64)\b", text) == []
 
 
+def test_bf16_is_rounded_by_an_instruction_where_there_is_one(kernels: list[cuda_code.Kernel]) -> None:
+    for kernel, where in walks(kernels):
+        if "<" in kernel.name and "BFloat16" in kernel.name.split(",")[1]:
+            rounds = [code for code in kernel.opcodes() if re.match(r"F2FP?\..*BF16", code)]
+            assert bool(rounds) is (kernel.architecture != "sm_75"), where
+
+
 def test_no_fp64_outside_of_fp64(kernels: list[cuda_code.Kernel]) -> None:
     for kernel, where in walks(kernels):
         if "double" not in kernel.name:

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from wheels import native_modules, needs_compiler, run
+from wheels import ROOT, native_modules, needs_compiler, run
 
 from bench.gpu import cuda_code
 
@@ -81,6 +81,16 @@ def test_nvcc_is_found_in_nvidias_packages(copy, pip_wheel, toolchain, nvcc):
     assert expected in re.sub(r"\s+", " ", without_header.output)
     # It is asked for what it builds for, and that is not what was wanted.
     assert f"{root}/bin/nvcc builds for 7.5 8.0 12.0" in re.sub(r"\s+", " ", found.output)
+
+
+@pytest.mark.parametrize(("version", "refused"), [("11.8.89", True), ("12.0.76", False), ("13.0.88", False)])
+def test_an_nvcc_that_is_too_old_is_named(version, refused):
+    cmake = Path(pytest.importorskip("cmake").CMAKE_BIN_DIR, "cmake")
+    told = [f"-DCMAKE_CUDA_COMPILER_VERSION={version}", "-DCMAKE_CUDA_COMPILER=/opt/toolkit/bin/nvcc"]
+    done = run([cmake, *told, "-P", ROOT / "csrc/oldest_nvcc.cmake"])
+    assert (done.returncode != 0) is refused, done.stdout
+    expected = f"needs nvcc 12.0 or later, and /opt/toolkit/bin/nvcc is {version}: name another toolkit by CUDA_HOME"
+    assert (expected in re.sub(r"\s+", " ", done.stdout)) is refused
 
 
 @needs_compiler

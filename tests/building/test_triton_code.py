@@ -22,11 +22,12 @@ from lookahead_fused import _build as build
 from lookahead_fused.backends import triton as triton_backend
 
 pytestmark = pytest.mark.skipif(
-    bool(triton_on_host.missing()), reason=f"compiles with Triton: {triton_on_host.missing()}"
+    bool(triton_on_host.not_compiled()), reason=f"compiles with Triton: {triton_on_host.not_compiled()}"
 )
 
 NVIDIA = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 AMD = ("gfx90a", "gfx942")
+BEFORE_3_7 = not triton_on_host.not_compiled() and triton_on_host.release() < (3, 7)
 
 
 def targets(*names: str) -> Any:
@@ -174,7 +175,7 @@ def test_what_a_walk_is_told_of_a_rule_are_constants() -> None:
     [
         ("chunks", "second = max_v", "second = v"),  # in a rule's update
         ("rows", "1.0 - lr * hyper", "1.0 + lr * hyper"),  # in its prepare
-        ("chunks", "factor * (b - a)", "factor * (a - b)"),  # in what an update calls
+        ("chunks", "multiply(factor, b - a)", "multiply(factor, a - b)"),  # in what an update calls
         ("chunks", "count // BLOCK * BLOCK", "count // BLOCK"),  # in the walk
         ("rows", "hypers", ""),  # in the compiled module's order of hyperparameters
     ],
@@ -257,11 +258,13 @@ class Ptx:
         if added := re.match(r"add\.s64 %rd\d+, (%rd\d+), (\d+);", line):
             offset = int(added[2])
             (line,) = self.made[added[1]]
+        # A struct stands at its number times its size: by `mad`, and before Triton 3.5 by `mul` and `add`.
+        lines = [line, *(made for register in re.findall(r"%rd\d+", line) for made in self.made.get(register, ()))]
+        times = {int(found[1]) for x in lines if (found := re.match(r"(?:mad|mul)\.\S+ %rd\d+, %\w+, (\d+)[,;]", x))}
         sizes = build.module("_cpu").layout()  # type: ignore[union-attr]
-        struct = re.match(r"mad\.\S+ %rd\d+, %\w+, (\d+), %rd\d+;", line)
-        if struct is None or int(struct[1]) not in (sizes["ROW"], sizes["CHUNK"]):
-            return "grad"
-        return self.COLUMNS[offset // 8] if int(struct[1]) == sizes["ROW"] else ""
+        if sizes["ROW"] in times:
+            return self.COLUMNS[offset // 8]
+        return "" if sizes["CHUNK"] in times else "grad"
 
 
 @targets(*NVIDIA)
@@ -293,6 +296,8 @@ def test_ptx_rounds_operation_by_operation(target: str) -> None:
         text = kernel.asm["ptx"]
         assert re.findall(r"\b(?:fma|mad)\.\w+\.f\d+|\.approx\b|\.full\b|\.ftz\b", text) == [], where
         assert re.findall(r"\b(?:add|sub|mul|div|sqrt)\.f(?:32|64)", text) == [], where
+        # The assembler of Triton 3.6 fuses these with a sum, rounded as they say or not.
+        assert not (BEFORE_3_7 and "mul.rn.f32x2" in text), where
     for where, rule, param, _, walk in walks(target):
         text = walk.asm["ptx"]
         width = "f64" if param == FP64 else "f32"
@@ -314,15 +319,18 @@ def test_machine_code_spills_and_fuses_nothing(target: str, tmp_path: Path) -> N
         path.write_bytes(kernel.asm["cubin"])
         (used,) = cuda_code.resources(path).values()
         # Three blocks of 128 threads are resident, with four arrays' 32 bytes for each thread: 48 KiB under way. In
-        # fp64 two are, with 64 bytes.
-        most = 65536 // ((2 if "float64" in where else 3) * 128)
-        assert (used["STACK"], used["LOCAL"], used["REG"] <= most) == (0, 0, True), f"{where}: {used}"
+        # fp64 two are, with 64 bytes. What Triton makes of the largest walks before 3.7 needs more registers.
+        most = 65536 // ((2 if "float64" in where or BEFORE_3_7 else 3) * 128)
+        spilled = 16 if BEFORE_3_7 else 0
+        assert (used["STACK"] <= spilled, used["LOCAL"], used["REG"] <= most) == (True, 0, True), f"{where}: {used}"
     for where, rule, param, *_ in walks(target):
-        # With a division or a root come sequences of fused operations that round it correctly; and 16 bits are computed
-        # in 32.
-        if rule.split()[0] not in DIVIDES and param in (FP32, FP64):
+        # With a division or a root come sequences of fused operations that round it correctly, none of them packed; and
+        # 16 bits are computed in 32.
+        divides = rule.split()[0] in DIVIDES
+        if divides or param in (FP32, FP64):
             (code,) = cuda_code.kernels(tmp_path / f"{where}.cubin")
-            fused = [x for x in code.code if re.match(r"[FD]FMA", cuda_code.opcode(x)) and "-RZ, RZ" not in x]
+            fusing = r"FFMA2" if divides else r"[FD]FMA"
+            fused = [x for x in code.code if re.match(fusing, cuda_code.opcode(x)) and "-RZ, RZ" not in x]
             assert fused == [], where
 
 
@@ -332,15 +340,26 @@ def test_machine_code_spills_and_fuses_nothing(target: str, tmp_path: Path) -> N
 
 @targets(*AMD)
 def test_amd_code(target: str) -> None:
-    """128 bits an access on the unmasked path, nothing spilled, nothing fused outside of a division or a root."""
+    """128 bits an access on the unmasked path, nothing spilled, nothing fused outside of a division or a root, and
+    subnormal numbers kept."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    try:
+        make_backend(GPUTarget("hip", target, 64)).hash()
+    except Exception as error:
+        if "linker" not in str(error):
+            raise
+        pytest.skip(f"links with a program that triton {triton_backend.version()} does not bring: {error}")
     for where, rule, param, grad, walk in walks(target):
         text = walk.asm["amdgcn"]
         reads, writes = (sum(uses) // 2 for uses in zip(*sizes(rule, param, grad).values(), strict=True))
         # The table too is read 16 bytes at a time where its words lie side by side.
         assert len(re.findall(r"\bglobal_load_dwordx4\b", text)) >= reads, where
         stores = len(re.findall(r"\bglobal_store_dwordx4\b", text))
-        # A loop that is short enough is unrolled.
-        assert stores == writes or (rule == "external averaged" and stores % writes == 0), where
+        # A loop that is short enough is unrolled; and before Triton 3.7 what follows a branch may stand on both ways.
+        repeated = rule == "external averaged" and stores % writes == 0
+        assert stores == writes or repeated or (BEFORE_3_7 and stores > writes), where
         if rule.split()[0] not in DIVIDES:
             assert re.findall(r"\bv_(?:pk_)?(?:fma|mac)\w*", text) == [], where
     for where, kernel in every_kernel(target):
@@ -350,5 +369,7 @@ def test_amd_code(target: str) -> None:
         assert (spilled, counts) == ("0", {"private_segment_fixed_size": "0"}), where
         # Scalar ones go into lanes of a vector register, never to memory. gfx90a rounds to bf16 by masks, and averaging
         # has a few more.
-        assert int(scalars) <= (4 if "averaged of torch.bfloat16" in where else 0), f"{where}: {scalars}"
+        most = 16 if BEFORE_3_7 else 4 if "averaged of torch.bfloat16" in where else 0
+        assert int(scalars) <= most, f"{where}: {scalars}"
         assert re.findall(r"\b(?:scratch|flat)_(?:load|store)\w*", text) == [], where
+        assert re.findall(r"\.amdhsa_float_denorm_mode_(?:32|16_64) (\d)", text) == ["3", "3"], where

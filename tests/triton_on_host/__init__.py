@@ -7,10 +7,10 @@ would answer about streams and devices is stood in for, and the interpreter is m
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import sys
 from contextlib import nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,24 +18,45 @@ from typing import Any
 import torch
 
 from lookahead_fused import _build as build
-from lookahead_fused.backends.triton import OLDEST
+from lookahead_fused.backends.triton import too_old
 
 NAME = "triton-host"
 # What compiled code comes from, each file after those that it imports.
 ROOMS = ("rules", "policies", "kernels")
+# The first whose interpreter takes a number out of NumPy's arrays as every NumPy allows, and leaves the language as it
+# was, so that kernels can be compiled afterwards.
+INTERPRETS = (3, 7)
+
+
+@functools.cache
+def not_compiled() -> str:
+    """What this machine lacks to compile kernels, or ""."""
+    if build.module("_cpu") is None:
+        return build.reason("_cpu")
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return too_old(_version())
 
 
 @functools.cache
 def missing() -> str:
     """What this machine lacks to run the stand-in, or ""."""
-    if build.module("_cpu") is None:
-        return build.reason("_cpu")
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    installed = version("triton")
-    if tuple(int(part) for part in installed.split(".")[:2]) < OLDEST:
-        return f"triton {installed} is too old: the backend serves {'.'.join(map(str, OLDEST))} or newer"
-    return ""
+    if not not_compiled() and release() < INTERPRETS:
+        oldest = ".".join(map(str, INTERPRETS))
+        return f"the interpreter of triton {_version()} is too old: that of {oldest} or newer is needed"
+    return not_compiled()
+
+
+def release() -> tuple[int, ...]:
+    """The first two numbers of Triton's version."""
+    return tuple(int(number) for number in _version().split(".")[:2])
+
+
+@functools.cache
+def _version() -> str:
+    """Not by importing it: what is imported while tests are collected, each process keeps, and Triton calls it lost."""
+    (name, *_) = importlib.metadata.packages_distributions()["triton"]
+    return importlib.metadata.version(name)
 
 
 @functools.cache
@@ -64,6 +85,8 @@ def kernels() -> ModuleType:
         for name, constants in told.items():
             functions = {field: f for field, f in constants._asdict().items() if hasattr(f, "__name__")}
             told[name] = constants._replace(**{field: getattr(room, f.__name__) for field, f in functions.items()})
+    # Nothing but a GPU runs assembly.
+    rules.is_in_assembly = lambda: False
     # Triton's own library was imported to be compiled; of its functions this is the only one that is called.
     rules.largest = lambda n: tl.tensor(interpreter_semantic.builder.create_largest(n.handle), n.dtype)
     return module

@@ -48,8 +48,9 @@ class Kernel:
             argument if constant else interpreter._implicit_cvt(argument)
             for argument, constant in zip(given, self.is_constant, strict=True)
         ]
+        # By what they print: Triton's constants have had no hash.
         constants = zip(arguments, self.is_constant, strict=True)
-        start = self.ways.setdefault(tuple(a if constant else str(a.type) for a, constant in constants), Way())
+        start = self.ways.setdefault(tuple(str(a if constant else a.type) for a, constant in constants), Way())
         handles = [argument.handle for argument in arguments if hasattr(argument, "handle")]
         interpreter_builder.set_grid_dim(*grid, 1, 1)
         for program in range(*grid):

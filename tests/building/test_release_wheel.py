@@ -1,0 +1,175 @@
+"""The one wheel for every Python and Linux: what it needs of a machine, and that its compiler keeps the bits."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from wheels import ROOT, environment, native_modules, needs_compiler, run
+
+from lookahead_fused import _build as build
+
+# One worker builds, rather than each one again.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
+
+# Steps of every dtype by every instruction set, and what identifies their bits; first, what stepped.
+BITS = """
+import hashlib, torch, lookahead_fused
+from helpers import make_grads, make_params, seeded, set_grad, tune
+from lookahead_fused import _cpu
+print(_cpu.__file__)
+RULES = {
+    "LookaheadAdamW": {"amsgrad": True, "weight_decay": 0.1},
+    "LookaheadSGD": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "pullback_momentum": "pullback"},
+}
+for name, hyper in RULES.items():
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for instruction_set in _cpu.instruction_sets():
+            params = make_params([(size,) for size in (1, 7, 33, 4097, 150_001)], dtype)
+            optimizer = getattr(lookahead_fused, name)(params, lr=0.01, k=2, alpha=0.3, backend="cpu", **hyper)
+            tune(optimizer, instruction_set=instruction_set)
+            generator = seeded(1)
+            for _ in range(5):
+                for p, g in zip(params, make_grads(params, generator=generator)):
+                    set_grad(p, g)
+                optimizer.step()
+            state = [t for p in params for t in (p.detach(), *optimizer.state[p].values()) if torch.is_tensor(t)]
+            bits = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in state if t.dim())
+            print(name, dtype, instruction_set, len(bits), hashlib.sha256(bits).hexdigest())
+"""
+
+
+@pytest.fixture(scope="module")
+def release():
+    """csrc/release_wheel.py, which is no part of the package."""
+    for needed in ("ziglang", "auditwheel", "elftools"):
+        pytest.importorskip(needed, reason=f"{needed} is in the extra 'release'")
+    spec = importlib.util.spec_from_file_location("release_wheel", ROOT / "csrc/release_wheel.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def released(base, tree, release):
+    """The release wheel of the running Python, without CUDA and with two rules, since each takes seconds to compile."""
+    source = shutil.copytree(tree, base / "release", ignore=shutil.ignore_patterns("dist", "*.egg-info"))
+    rules = source / "csrc/rules/all.h"
+    fewer, count = re.subn(r"List<Adam, Sgd, [^>]*>", "List<Adam, Sgd, External>", rules.read_text())
+    assert count == 1
+    rules.write_text(fewer)
+    command = [sys.executable, source / "csrc/release_wheel.py", "--dist", base / "release-dist", sys.executable]
+    done = run(command, env=environment())
+    assert done.returncode == 0, done.stdout
+    (wheel,) = (base / "release-dist").glob("*.whl")
+    return wheel, done.stdout
+
+
+def test_a_release_wheel_needs_no_more_than_its_tag_promises(released, release):
+    wheel, output = released
+    assert wheel.name.endswith("-py3-none-manylinux_2_17_x86_64.whl")
+    assert [Path(name).name for name in native_modules(wheel)] == [f"_cpu{extension_suffix()}"]
+    assert list(release.faults_of(wheel)) == []
+    assert 'consistent with the following platform tag: "manylinux_2_17_x86_64"' in re.sub(r"\s+", " ", output)
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/WHEEL"))
+        assert "Tag: py3-none-manylinux_2_17_x86_64" in archive.read(metadata).decode().splitlines()
+
+
+def test_the_wheel_of_one_machine_is_refused_as_a_release(built, release):
+    """Else the reading might be of nothing: this one needs the machine's C++ library, and is tagged for its Python."""
+    faults = "\n".join(release.faults_of(built.wheel))
+    assert "its tag is not py3-none-manylinux_2_17_x86_64" in faults
+    assert re.search(r"_cpu\..*: needs libstdc\+\+\.so\.6\n", faults)
+    assert re.search(r"_cpu\..*: needs GLIBCXX_[\d.]+ of libstdc\+\+", faults)
+
+
+def test_a_module_that_does_not_load_is_a_fault(release, tmp_path):
+    wheel = tmp_path / "broken.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"lookahead_fused/_cpu{extension_suffix()}", b"\x7fELF")
+    (fault,) = release.loading_faults(wheel, [sys.executable])
+    assert f"{sys.executable} does not load _cpu{extension_suffix()}: " in fault
+
+
+@pytest.mark.skipif(build.module("_cpu") is None, reason=build.reason("_cpu"))
+def test_a_release_wheel_steps_with_the_same_bits(released, tmp_path):
+    """Its compiler is another than the one that built what is tested here, and so is its list of instruction sets."""
+    with zipfile.ZipFile(released[0]) as archive:
+        archive.extractall(tmp_path)
+    of_release, *bits = bits_of(tmp_path)
+    of_this, *expected = bits_of(Path(build.module("_cpu").__file__).parents[1])
+    assert Path(of_release).is_relative_to(tmp_path)
+    assert not Path(of_this).is_relative_to(tmp_path)
+    assert len(expected) == 2 * 4 * len(build.module("_cpu").instruction_sets())
+    assert bits == expected
+
+
+def bits_of(package: Path) -> list[str]:
+    env = environment(PYTHONPATH=os.pathsep.join([str(package), str(ROOT / "tests"), str(ROOT)]))
+    # Not from here: what lies in the working directory is imported first.
+    done = run([sys.executable, "-c", BITS], cwd=package, env=env)
+    assert done.returncode == 0, done.stdout
+    return done.stdout.splitlines()
+
+
+def test_pythons_that_do_not_run_are_told(release, tmp_path, monkeypatch, capsys):
+    for name, status in (("python3.10", 0), ("python3.11", 127)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {status}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert list(release.found_on_path()) == [str(tmp_path / "python3.10")]
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told] == list(release.NAMES[1:])
+    assert "the wheel will step by its reference backend" in told[0]
+
+
+@needs_compiler
+def test_modules_for_several_pythons_lie_in_one_wheel(copy, pip_wheel, toolchain, tmp_path):
+    other = tmp_path / "python3.99"
+    include = run([toolchain, "-c", "import sysconfig; print(sysconfig.get_path('include'))"]).stdout.strip()
+    other.write_text(f"#!/bin/sh\necho {include}\necho .cpython-399-x86_64-linux-gnu.so\n")
+    other.chmod(0o755)
+    result = pip_wheel(copy, LOOKAHEAD_FUSED_PYTHONS=shlex.join([str(toolchain), str(other)]))
+    assert result.returncode == 0, result.output
+    assert re.search(r"-py3-none-\w+\.whl$", result.wheel.name)
+    names = {Path(name).name for name in native_modules(result.wheel)}
+    assert names == {f"_cpu{extension_suffix()}", "_cpu.cpython-399-x86_64-linux-gnu.so"}
+
+
+@needs_compiler
+def test_a_name_that_is_no_python_is_refused(copy, pip_wheel):
+    result = pip_wheel(copy, LOOKAHEAD_FUSED_PYTHONS="/nonexistent/python3.10")
+    assert result.returncode != 0
+    expected = "LOOKAHEAD_FUSED_PYTHONS names '/nonexistent/python3.10', which is no Python: [Errno 2]"
+    assert expected in re.sub(r"\s+", " ", result.output)
+
+
+def test_a_python_without_a_module_is_told_for_which_there_are(tmp_path, monkeypatch):
+    def import_nothing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    for python in ("313t", "310", "313"):
+        (tmp_path / f"_cpu.cpython-{python}-x86_64-linux-gnu.so").touch()
+    monkeypatch.setattr(build.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(build.importlib, "import_module", import_nothing)
+    monkeypatch.setattr(build.machinery, "EXTENSION_SUFFIXES", [".cpython-314-x86_64-linux-gnu.so", ".abi3.so", ".so"])
+    told = "this installation has _cpu for CPython 3.10, 3.13, 3.13t, and this is 3.14"
+    assert build._load.__wrapped__("_cpu") == (None, told)
+    # One that is for this Python, and does not load, is another matter.
+    (tmp_path / "_cpu.cpython-314-x86_64-linux-gnu.so").touch()
+    assert build._load.__wrapped__("_cpu") == (
+        None,
+        "lookahead_fused._cpu could not be imported: ModuleNotFoundError: No module named 'lookahead_fused._cpu'",
+    )
+
+
+def extension_suffix() -> str:
+    return build.machinery.EXTENSION_SUFFIXES[0]
