@@ -1,7 +1,8 @@
 # The commands of this repository; `make help` lists them. Everything they install goes into .venv and build/.
 #
 #   TORCH    what `pip install` is told to get torch:  make test TORCH="torch==2.14.1"
-#   TORCHES  the releases that `make test-torches` runs one wheel under
+#   VERSIONS the releases of torch, and of Python before a colon, that `make test-versions` runs the tests under
+#   WHEEL    the wheel that it runs, as `make release-wheel` makes; default: one built for each Python
 #   TRITONS  the releases whose machine code `make test-tritons` reads
 #   ARCHS    what the CUDA module of `make wheel` is built for:  make wheel ARCHS="9.0 10.0+PTX"
 #   PYTHONS  what `make release-wheel` builds for; by default python3.10, 3.11, ... that PATH has
@@ -14,7 +15,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-TORCHES ?= 2.13.0 2.14.1
+VERSIONS ?= 3.10:2.6.0 3.12:2.9.1 3.11:2.13.0 3.13:2.15.0
 TRITONS ?= 3.4.0 3.5.1 3.6.0 3.7.1 3.8.0 3.9.0
 WORKERS ?= 2
 PICTURE ?= build/bench/ratios.png
@@ -33,7 +34,7 @@ GPU_PY := $(if $(ON_SYSTEM),$(PYTHON),$(PY))
 GPU_NEEDS := $(if $(ON_SYSTEM),,$(VENV)/.extra-test $(VENV)/.extra-demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tools test-clients lint format bench bench-cpu bench-compare bench-check bench-baseline bench-predict wheel release-wheel test-torches test-tritons sanitize sanitize-cpu gpu-report clean
+.PHONY: help demo test test-tools test-clients lint format bench bench-cpu bench-compare bench-check bench-baseline bench-predict wheel release-wheel test-versions test-tritons sanitize sanitize-cpu gpu-report clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,7 +43,7 @@ demo: $(VENV)/.extra-demo ## train with and without Lookahead and compare (QUICK
 	$(PY) -m bench.demo $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
 # Two workers share the cores: a thread that spins, as OpenMP's do by default, takes one from the other's test.
-test test-tools test-clients test-torches test-tritons sanitize-cpu: export OMP_WAIT_POLICY ?= passive
+test test-tools test-clients test-versions test-tritons sanitize-cpu: export OMP_WAIT_POLICY ?= passive
 
 # What builds wheels, reads machine code, reports a build or measures is no other under another torch, and takes as long
 # as the rest; clients are installed by `make test-clients`.
@@ -132,20 +133,9 @@ sanitize-cpu: $(VENV)/.extra-test ## the suite over a CPU module with ASan and U
 gpu-report: $(GPU_NEEDS) ## all that a GPU is for, in stages, into $(OUT) (SYSTEM=1: no environment, no network)
 	@$(GPU_PY) -m bench.gpu.stages --out $(OUT) --only $(STAGE) $(if $(ON_SYSTEM),--build) -- $(ARGS)
 
-# PYTHONSAFEPATH keeps the source tree off sys.path; the suite checks that it runs the package it is told to expect.
-test-torches: $(VENV)/.tools ## the tests of the package against one wheel under each release in TORCHES
-	rm -rf build/torches
-	$(PIP) wheel --no-deps --wheel-dir build/torches .
-	@set -e; for release in $(TORCHES); do \
-	  venv=$(CURDIR)/build/torches/$$release; \
-	  echo "== $$(basename build/torches/*.whl) under torch $$release"; \
-	  $(PYTHON) -m venv $$venv; \
-	  $$venv/bin/python -m pip --disable-pip-version-check install --quiet "torch==$$release" \
-	    "$$(echo $(CURDIR)/build/torches/*.whl)[test]"; \
-	  (cd $$venv && PYTHONSAFEPATH=1 LOOKAHEAD_FUSED_EXPECTED_IN=$$venv bin/python $(PYTEST) \
-	    --rootdir $(CURDIR) -c $(CURDIR)/pyproject.toml $(APART:%=--ignore $(CURDIR)/tests/%) $(ARGS) $(CURDIR)/tests); \
-	  rm -rf $$venv; \
-	done
+test-versions: $(VENV)/.python ## the tests of the package, from wheels, under each of VERSIONS (QUICK=1: a part of them)
+	$(PY) tests/versions.py $(if $(filter-out 0,$(QUICK)),--quick) $(if $(WHEEL),--wheel $(WHEEL)) $(VERSIONS) \
+	  -- -n $(WORKERS) --dist loadgroup --benchmark-disable $(APART:%=--ignore $(CURDIR)/tests/%) $(ARGS)
 
 # Each beside .venv's torch, which is asked for nothing but the CPU: compiling takes no GPU.
 test-tritons: $(VENV)/.extra-test ## the Triton kernels compiled, and interpreted, by each release in TRITONS

@@ -125,7 +125,9 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     tensor = tensor.detach().resolve_neg().cpu()
     if tensor.dtype in (torch.bfloat16, torch.float16):
         tensor = tensor.float()
-    return np.array(tensor.contiguous().numpy(force=True))
+    # A copy of torch's making: NumPy's, of zeros without memory, was noise before torch 2.13.
+    copied: np.ndarray = tensor.clone(memory_format=torch.contiguous_format).numpy(force=True)
+    return copied
 
 
 def same_tensor_bits(a: Tensor, b: Tensor) -> bool:

@@ -173,7 +173,7 @@ def on_turned():
     return DTensor.from_local(local, turned, [Shard(0)], run_check=False, shape=SHAPE, stride=stride)
 
 REFUSALS = {
-    "another mesh": (sharded, lambda: distribute_tensor(value, grid, [Shard(0), Replicate()]), ("mesh", "b=1")),
+    "another mesh": (sharded, lambda: distribute_tensor(value, grid, [Shard(0), Replicate()]), ("mesh", f"got {grid}")),
     "the same ranks in another order": (sharded, on_turned, ("mesh",)),
     "a plain gradient": (sharded, lambda: value.clone(), ("must be a DTensor", "got a Tensor")),
     "a plain gradient of a replica": (

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import BackendCase, UnfusedRMSprop, assert_unchanged, make_params, same_tensor_bits, seeded
+from releases import is_torch
 from runs import advance, assert_same_run, copies, through_a_file
 
 from lookahead_fused import Lookahead
@@ -97,9 +98,9 @@ def test_through_files_of_torchs(backend: BackendCase, name: str, flat: bool, st
     def both(m: torch.nn.Module, o: Any) -> dict[str, Any]:
         return {"model": sd.get_model_state_dict(m), "optim": sd.get_optimizer_state_dict(m, o, options=options)}
 
-    dcp.save(both(model, optimizer), checkpoint_id=tmp_path, no_dist=True)
+    dcp.save(both(model, optimizer), checkpoint_id=tmp_path)
     template = both(again, resumed)
-    dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load(template, checkpoint_id=tmp_path)
     sd.set_model_state_dict(again, template["model"])
     sd.set_optimizer_state_dict(again, resumed, template["optim"], options=options)
     for m, o in ((model, optimizer), (again, resumed)):
@@ -157,6 +158,8 @@ def test_a_checkpoint_of_the_base_alone(backend: BackendCase, name: str) -> None
 @pytest.mark.parametrize("how", ["weights are loaded", "skipped by a scaler", "added by a group", "added to the base"])
 def test_nothing_begins_before_the_first_step(backend: BackendCase, name: str, how: str) -> None:
     """phi_0 is theta before the first step that is made, whatever was there at construction, and counts from it."""
+    if name == "Adagrad" and how.startswith("added") and not is_torch("2.13"):
+        pytest.skip("before torch 2.13 Adagrad could not step what was added to it")
     params = make_params([(4, 3), (5,)], device=backend.device)
     optimizer = wrap(name, params[:1] if how.startswith("added") else params, backend)
     if how == "added by a group":

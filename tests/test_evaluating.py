@@ -767,13 +767,13 @@ def test_distributed_checkpoint(backend: BackendCase, name: str, flat: bool, way
         warnings.simplefilter("ignore")
         optimizer.eval()
         saved = both(model, optimizer)
-        dcp.save(saved, checkpoint_id=tmp_path, no_dist=True)
+        dcp.save(saved, checkpoint_id=tmp_path)
         if way == "a template of evaluating":
             both(again, resumed)  # makes its state
             resumed.eval()
         template = both(again, resumed)
         if way != "a whole dict":
-            dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+            dcp.load(template, checkpoint_id=tmp_path)
         else:
             template = copy.deepcopy(saved)
         sd.set_model_state_dict(again, template["model"])

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BackendCase, assert_unchanged, make_optimizer, make_params, snapshot
-from processes import python, serving
+from helpers import BackendCase, assert_unchanged, make_optimizer, make_params, snapshot, tune
+from processes import needs_cpu_backend, python, serving
 from runs import advance, gradients_of
 from torch import Tensor
 
@@ -31,6 +31,25 @@ PARAMETER, GRADIENT, LR = "parameter 1 of group 0", "the gradient of parameter 1
 def test_memory_that_is_lost_is_refused(backend: BackendCase) -> None:
     script = f"import test_memory_lost\ntest_memory_lost.report({backend!r})"
     assert python(script, "from helpers import BackendCase\n") == []
+
+
+@needs_cpu_backend
+@pytest.mark.parametrize("way", ["SHIM", "EXCHANGE_API", "ATTRIBUTES"])
+def test_a_gradient_cut_down_is_refused_in_whatever_way_it_is_described(way: str) -> None:
+    params = make_params([(7,), (33,)])
+    optimizer = make_optimizer("adamw", params, BackendCase("cpu", "cpu", 0.0), lr=0.1)
+    tune(optimizer, way=way)
+    advance(optimizer, params, range(2))
+    for p, g in zip(params, gradients_of(2, params), strict=True):
+        p.grad = g
+    before = snapshot(optimizer)
+    storage = params[1].grad.untyped_storage()
+    storage.resize_(66)
+    with pytest.raises(ValueError, match=f"^{GRADIENT} must have its memory, got a storage of 66 bytes"):
+        optimizer.step()
+    storage.resize_(132)
+    params[1].grad.copy_(gradients_of(2, params)[1])
+    assert_unchanged(before, snapshot(optimizer))
 
 
 def report(backend: BackendCase) -> None:

@@ -118,6 +118,8 @@ def test_walks_agree(rule: str) -> None:
 def test_tensors_are_described_in_the_fastest_way() -> None:
     """On every torch of these tests, after one look at each kind of tensor; a slower way where it is asked for."""
     for way in ("SHIM", "EXCHANGE_API", "ATTRIBUTES"):
+        if way == "EXCHANGE_API" and not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+            continue  # torch has it since 2.10
         params = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in DTYPES[:2]]
         optimizer = lookahead_fused.LookaheadAdamW(params, backend="cpu")
         tune(optimizer, way=way)
@@ -126,6 +128,20 @@ def test_tensors_are_described_in_the_fastest_way() -> None:
         optimizer.step()
         ways = [part.table.way.name for part in optimizer._table.parts]
         assert ways == [way] * 2
+
+
+def test_tensors_trade_places_that_only_their_attributes_describe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under torch before 2.10, which has no exchange API: a class's first tensor is described by its attributes."""
+    monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
+    pairs = [
+        (torch.nn.Parameter(torch.randn(5, 7, dtype=dtype)), torch.randn(5, 7, dtype=dtype))
+        for dtype in (torch.float32, torch.bfloat16, torch.float64)
+    ]
+    before = [(a.detach().clone(), b.clone()) for a, b in pairs]
+    native.exchange(Tensor, pairs, 1, False)
+    for (a, b), (was_a, was_b) in zip(pairs, before, strict=True):
+        assert same_tensor_bits(a, was_b)
+        assert same_tensor_bits(b, was_a)
 
 
 def test_every_instruction_set_of_the_processor_is_found() -> None:

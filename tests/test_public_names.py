@@ -35,7 +35,7 @@ def optimizer_of(cls: type) -> torch.optim.Optimizer:
 def test_the_suite_runs_the_package_that_it_is_told_to() -> None:
     expected = os.environ.get("LOOKAHEAD_FUSED_EXPECTED_IN")
     if expected is None:
-        pytest.skip("LOOKAHEAD_FUSED_EXPECTED_IN, set by make test and make test-torches, does not name a directory")
+        pytest.skip("LOOKAHEAD_FUSED_EXPECTED_IN, set by make test and make test-versions, does not name a directory")
     where, tree = Path(lookahead_fused.__file__).resolve(), Path(__file__).resolve().parents[1]
     assert where.is_relative_to(Path(expected).resolve())
     # An installed wheel lies in site-packages, also where the environment itself lies in the source tree.

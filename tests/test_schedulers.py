@@ -25,6 +25,8 @@ from torch.optim import lr_scheduler as lrs
 
 import lookahead_fused
 
+# torch 2.6's SequentialLR calls what it warns of.
+OWN_WARNING = "ignore:The epoch parameter in `scheduler.step:UserWarning"
 STEPS = 12
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "LambdaLR": lambda o: lrs.LambdaLR(o, lambda t: 1 / (1 + t)),
@@ -70,7 +72,7 @@ def advance(scheduler: Any, t: int) -> None:
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])
 @pytest.mark.parametrize("tensor_lr", [False, True])
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", OWN_WARNING)
 def test_scheduler(backend: BackendCase, name: str, rule: str, tensor_lr: bool) -> None:
     """The same sequence of hyperparameters as under torch's class, each in force at the next step: to the bit
     by the oracle, and near torch's own run."""
@@ -163,7 +165,7 @@ ATTACHED = ("to the base, before", "to the base, after", "to the wrapper")
 @pytest.mark.parametrize("attached", ATTACHED)
 @pytest.mark.parametrize("base_name", BASES)
 @pytest.mark.parametrize("name", ["StepLR", "OneCycleLR", "SequentialLR", "ReduceLROnPlateau"])
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", OWN_WARNING)
 def test_scheduler_and_wrapper(backend: BackendCase, attached: str, base_name: str, name: str) -> None:
     """Wherever it is attached: no warning that `step` was never called, and the run is that of torch's base
     under its scheduler with k steps and one interpolation."""

@@ -21,6 +21,7 @@ from helpers import (
     to_numpy,
 )
 from oracle import Exact, Settings, same_bits
+from releases import needs_torch
 from runs import advance, copies, fresh, gradients_of, through_a_file
 
 import lookahead_fused
@@ -197,6 +198,7 @@ def test_momentum_that_begins_after_the_load(backend: BackendCase) -> None:
 
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("rule", ["adam", "adamw"])
+@needs_torch("2.9", "the kind of weight decay in Adam's checkpoints")
 def test_the_kind_of_weight_decay(backend: BackendCase, rule: str, decoupled: bool) -> None:
     """As in torch: a checkpoint brings its kind along into Adam, and AdamW stays AdamW."""
     params = fresh(backend)

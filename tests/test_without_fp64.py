@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from releases import needs_torch
 from test_processes import python
 
 from lookahead_fused import _tensors as tensors
@@ -140,6 +141,7 @@ print(json.dumps({
 """
 
 
+@needs_torch("2.13", "devices made in Python")
 def test_a_run() -> None:
     """Steps, slow_weights(), a sync and two loads: what the reference backend computes on the CPU, with the count on
     the CPU. By more than its last bits only where the device's root is not rounded correctly, as the CPU's is."""

@@ -137,7 +137,7 @@ def save_distributed(directory: Path, step: int, model: torch.nn.Module, optimiz
 
     weights, state = get_state_dict(model, optimizer)
     shutil.rmtree(directory / str(step), ignore_errors=True)
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=directory / str(step), no_dist=True)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=directory / str(step))
 
 
 def load_distributed(directory: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -148,7 +148,7 @@ def load_distributed(directory: Path, model: torch.nn.Module, optimizer: torch.o
     if not whole:
         return 0
     weights, state = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=directory / str(max(whole)), no_dist=True)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=directory / str(max(whole)))
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     return max(whole)
 

@@ -49,13 +49,14 @@ class Stepper {
 
 // Pairs of tensors of one dtype and layout, in CPU memory. Nothing has changed where this throws.
 void exchange_tensors(py::handle tensor_type, py::list pairs, int threads, bool own_threads) {
-    TensorReader reader(tensor_type);
+    // A reader each: what describes one of them may be the reader's own, up to its next description.
+    TensorReader first(tensor_type), second(tensor_type);
     std::vector<Trade> trades;
     for (const py::handle entry : pairs) {
         const py::tuple pair = py::reinterpret_borrow<py::tuple>(entry);
         Description a, b;
-        const bool described = reader.is_plain(pair[0].ptr()) && reader.is_plain(pair[1].ptr()) &&
-                               reader.describe(pair[0].ptr(), a) && reader.describe(pair[1].ptr(), b);
+        const bool described = first.is_plain(pair[0].ptr()) && second.is_plain(pair[1].ptr()) &&
+                               first.describe(pair[0].ptr(), a) && second.describe(pair[1].ptr(), b);
         if (!described || a.device.type != dlpack::CPU || !a.same_device(b) || !(a.dtype == b.dtype) ||
             !a.same_layout(b) || ((a.data == nullptr || b.data == nullptr) && a.numel() > 0)) {
             throw py::value_error("two tensors that are to trade places must lie alike in CPU memory");

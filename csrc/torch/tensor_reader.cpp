@@ -196,4 +196,11 @@ bool TensorReader::describe_by_attributes(PyObject* object, Description& out) {
     return true;
 }
 
+// DLPack tells nothing of the storage.
+bool TensorReader::holds_by_attributes(PyObject* object, int64_t elements, int64_t element_bytes) const {
+    const py::handle tensor(object);
+    const auto bytes = tensor.attr("untyped_storage")().attr("nbytes")().cast<int64_t>();
+    return bytes / element_bytes - tensor.attr("storage_offset")().cast<int64_t>() >= elements;
+}
+
 }  // namespace lookahead_fused

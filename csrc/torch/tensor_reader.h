@@ -52,6 +52,7 @@ class TensorReader {
     Way way() const;
 
     // False, with no Python error set, for a tensor that has no address: a sparse one, say. No other object is asked.
+    // Shape and strides lie in the tensor or, where its attributes were asked, in this reader up to its next call.
     bool describe(PyObject* tensor, Description& out) {
         return describe_by_shim(tensor, out) || describe_first(tensor, out);
     }
@@ -62,9 +63,10 @@ class TensorReader {
                shim_->is_like(tensor, marks, layout.ndim, layout.shape, layout.strides);
     }
     void* data(PyObject* tensor) const { return shim_->data(tensor); }
-    // Of a tensor that was described, or is like one; true where only DLPack or Python could tell.
+    // Of a tensor that was described, or is like one.
     bool holds(PyObject* tensor, int64_t elements, int64_t element_bytes) const {
-        return known_.empty() || shim_->holds(tensor, elements, element_bytes);
+        return known_.empty() ? holds_by_attributes(tensor, elements, element_bytes)
+                              : shim_->holds(tensor, elements, element_bytes);
     }
     // Of a tensor that was described; unknown where only descriptions are to be trusted.
     TorchShim::Marks marks(PyObject* tensor) const {
@@ -99,6 +101,7 @@ class TensorReader {
     bool describe_by_shim(PyObject* tensor, Description& out) const;
     bool describe_first(PyObject* tensor, Description& out);
     bool describe_by_attributes(PyObject* tensor, Description& out);
+    bool holds_by_attributes(PyObject* tensor, int64_t elements, int64_t element_bytes) const;
     void learn(PyObject* tensor, const Description& described);
 
     PyTypeObject* tensor_type_;

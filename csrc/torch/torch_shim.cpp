@@ -47,14 +47,15 @@ const TorchShim* TorchShim::find(PyObject* tensor) {
 
 bool TorchShim::load(PyObject* tensor) {
     offset_ = offset_of_tensor(tensor);
-    const bool found =
-        offset_ != 0 && find_in_torch(layout_, "aoti_torch_get_layout") &&
-        find_in_torch(dtype_, "aoti_torch_get_dtype") && find_in_torch(device_type_, "aoti_torch_get_device_type") &&
-        find_in_torch(device_index_, "aoti_torch_get_device_index") &&
-        find_in_torch(data_, "aoti_torch_get_data_ptr") && find_in_torch(ndim_, "aoti_torch_get_dim") &&
-        find_in_torch(shape_, "aoti_torch_get_sizes") && find_in_torch(strides_, "aoti_torch_get_strides") &&
-        find_in_torch(storage_size_, "aoti_torch_get_storage_size") &&
-        find_in_torch(storage_offset_, "aoti_torch_get_storage_offset");
+    find_in_torch(layout_, "aoti_torch_get_layout");
+    const bool found = offset_ != 0 && find_in_torch(dtype_, "aoti_torch_get_dtype") &&
+                       find_in_torch(device_type_, "aoti_torch_get_device_type") &&
+                       find_in_torch(device_index_, "aoti_torch_get_device_index") &&
+                       find_in_torch(data_, "aoti_torch_get_data_ptr") && find_in_torch(ndim_, "aoti_torch_get_dim") &&
+                       find_in_torch(shape_, "aoti_torch_get_sizes") &&
+                       find_in_torch(strides_, "aoti_torch_get_strides") &&
+                       find_in_torch(storage_size_, "aoti_torch_get_storage_size") &&
+                       find_in_torch(storage_offset_, "aoti_torch_get_storage_offset");
     if (found) find_insides();
     return found;
 }

@@ -20,7 +20,8 @@ class TorchShim {
     // Of more, shape and strides do not lie in the at::TensorImpl itself.
     static constexpr int MOST_DIMENSIONS = 5;
 
-    // What the ABI has numbers of its own for.
+    // What the ABI has numbers of its own for. Torch 2.6 has none for a layout: there a sparse tensor has the kind of a
+    // dense one, and no place.
     struct Kind {
         int32_t layout = -1, dtype = -1, device_type = -1, device_index = -1;
     };
@@ -96,8 +97,8 @@ inline bool operator==(const TorchShim::Kind& a, const TorchShim::Kind& b) {
 
 inline bool TorchShim::kind(PyObject* tensor, Kind& out) const {
     void* const t = handle(tensor);
-    return layout_(t, &out.layout) == 0 && dtype_(t, &out.dtype) == 0 && device_type_(t, &out.device_type) == 0 &&
-           device_index_(t, &out.device_index) == 0;
+    return (layout_ == nullptr || layout_(t, &out.layout) == 0) && dtype_(t, &out.dtype) == 0 &&
+           device_type_(t, &out.device_type) == 0 && device_index_(t, &out.device_index) == 0;
 }
 
 inline bool TorchShim::place(PyObject* tensor, Place& out) const {
