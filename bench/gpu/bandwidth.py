@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from bench.cases import traffic
-
-from lookahead_fused.bench import opponents, parameters
-from lookahead_fused.bench.opponents import Setting
-from lookahead_fused.bench.parameters import Case
 from bench.gpu.results import Results
-from lookahead_fused.bench.device import Device
-from lookahead_fused.bench.measure import Schedule, Side
 from lookahead_fused._parts import Tuning
 from lookahead_fused._table import Table
+from lookahead_fused.backends.cuda import CHUNK_ELEMENTS
+from lookahead_fused.bench import opponents, parameters
+from lookahead_fused.bench.device import Device
+from lookahead_fused.bench.measure import Schedule, Side
+from lookahead_fused.bench.opponents import Setting
+from lookahead_fused.bench.parameters import Case
 
 CHUNKS = (1 << 12, 1 << 13, 1 << 14, 1 << 15, 1 << 16)
 ROUNDS = 10
@@ -74,7 +74,7 @@ def measure(
             lines.append(
                 f"  chunks of {chunk:6}: {own['ms']:9.4f} ms  {own['gb_per_s']:8.1f} GB/s {own['share']:6.1%} of a copy"
                 + ("  best" if chunk == best else "")
-                + ("  the default" if chunk == Tuning().chunk_elements else "")
+                + ("  the default" if chunk == CHUNK_ELEMENTS else "")
             )
         results.add("\n".join(lines), list=chosen.title, best=best, **found)
         gc.collect()

@@ -19,8 +19,8 @@ from bench.gpu.results import Results
 from bench.gpu.runner import SKIPPED
 from bench.gpu.sanitizer import program
 
-# Lists of lookahead_fused.bench.parameters, and their dtypes. What needs torch is imported where it is used: the stages are named
-# by these, also where torch is broken.
+# Lists of lookahead_fused.bench.parameters, and their dtypes. What needs torch is imported where it is used: the stages
+# are named by these, also where torch is broken.
 LISTS = {"one-large": "fp32", "gpt2-small": "bf16-master", "many-small": "fp32"}
 METRICS = {
     "launch__registers_per_thread": "registers a thread",

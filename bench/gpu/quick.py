@@ -23,9 +23,9 @@ from bench import cuda_on_host
 from bench.gpu import bandwidth, bits, graphs, times
 from bench.gpu.results import Results
 from bench.gpu.runner import SKIPPED
+from lookahead_fused.backends import BACKENDS
 from lookahead_fused.bench.conditions import conditions
 from lookahead_fused.bench.device import Cpu, Cuda, Device
-from lookahead_fused.backends import BACKENDS
 
 # The bytes of the copy on a GPU; on a CPU only to see it work.
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 22}

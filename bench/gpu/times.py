@@ -6,12 +6,12 @@ import gc
 import statistics
 from collections.abc import Sequence
 
-from lookahead_fused.bench import opponents, parameters
-from lookahead_fused.bench.opponents import OURS, PLAIN, SYNC
 from bench.gpu.bandwidth import List
 from bench.gpu.results import Results
+from lookahead_fused.bench import opponents, parameters
 from lookahead_fused.bench.device import Device, host_seconds
 from lookahead_fused.bench.measure import Schedule, Side
+from lookahead_fused.bench.opponents import OURS, PLAIN, SYNC
 
 LISTS = (
     List(parameters.CASES["many-small"]),

@@ -16,8 +16,8 @@ from bench.harness import processes
 from bench.report import page, pictures, predict, tables
 from bench.suites import cpu, steps
 from lookahead_fused.bench import memory, opponents, parameters
-from lookahead_fused.bench.device import Cpu, Cuda
-from lookahead_fused.bench.measure import Effort, Schedule, Side, Unavailable
+from lookahead_fused.bench.device import Cpu
+from lookahead_fused.bench.measure import Effort, Unavailable
 from lookahead_fused.bench.opponents import OURS, PLAIN, SYNC, Setting
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,14 +13,14 @@ import torch
 from cuda_host import HOST
 from test_cuda_graphs import Capture, keeping
 
-from lookahead_fused.bench.parameters import Case, equal
 from bench.gpu import bandwidth, benchmarks, bits, graphs, quick
 from bench.gpu.bandwidth import CHUNKS, COPY, List
 from bench.gpu.results import Results
-from lookahead_fused.bench.device import Cpu
 from bench.harness.figures import Report
-from lookahead_fused.bench.measure import Schedule, Side
 from bench.suites import suite
+from lookahead_fused.bench.device import Cpu
+from lookahead_fused.bench.measure import Schedule, Side
+from lookahead_fused.bench.parameters import Case, equal
 
 
 @pytest.fixture(autouse=True)
