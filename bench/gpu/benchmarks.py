@@ -22,12 +22,11 @@ from typing import Any
 import torch
 
 from bench.gpu.runner import SKIPPED
-from bench.harness.figures import Unavailable
 from bench.suites import suite
 from bench.suites.cpu import package
 from lookahead_fused.bench.conditions import conditions
 from lookahead_fused.bench.device import Cuda, Device
-from lookahead_fused.bench.measure import Effort
+from lookahead_fused.bench.measure import Effort, Unavailable
 
 # Rounds of a benchmark are as many as these seconds allow.
 SECONDS_EACH = 2.0
