@@ -130,7 +130,7 @@ sanitize: $(GPU_NEEDS) ## compute-sanitizer's memcheck, racecheck and initcheck 
 sanitize-cpu: $(VENV)/.extra-test ## the suite over a CPU module with ASan and UBSan in it (QUICK=1: a part of it)
 	$(PY) tests/sanitize_cpu.py $(if $(filter-out 0,$(QUICK)),--quick) -n $(WORKERS) --dist loadgroup $(ARGS)
 
-gpu-report: $(GPU_NEEDS) ## all that a GPU is for, in stages, into $(OUT) (SYSTEM=1: no environment, no network)
+gpu-report: $(GPU_NEEDS) ## all that a GPU is for, in stages, into OUT (SYSTEM=1: no environment, no network)
 	@$(GPU_PY) -m bench.gpu.stages --out $(OUT) --only $(STAGE) $(if $(ON_SYSTEM),--build) -- $(ARGS)
 
 test-versions: $(VENV)/.python ## the tests of the package, from wheels, under each of VERSIONS (QUICK=1: a part of them)

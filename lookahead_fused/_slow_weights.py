@@ -37,7 +37,8 @@ class SlowWeights(Hooked):
         It swaps the parameters that this optimizer was given. Where those are not the model's own, the model does not
         change: within DeepSpeed's ZeRO they are flat copies, and within ZeroRedundancyOptimizer only this rank's share
         of the model, so that the ranks would evaluate on a mixture. Under FSDP2 the root stays gathered after a
-        forward: call ``model.reshard()`` before the block ends.
+        forward: call ``model.reshard()`` before the block ends, and before it begins where
+        no backward followed the last forward.
 
         Raises:
             RuntimeError: From `step()`, `sync()` and `load_state_dict()` inside the block, on any thread.
