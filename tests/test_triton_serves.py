@@ -13,23 +13,27 @@ from triton_host import Driver, needs_triton
 
 import lookahead_fused
 from lookahead_fused import _build as build
-from lookahead_fused.backends import BACKENDS, choose, triton
+from lookahead_fused.backends import BACKENDS, BackendStatus, choose, triton
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """A machine with an accelerator, on which nobody has asked yet whether Triton works."""
+    """A machine with a GPU, on which nobody has asked yet whether Triton works."""
     if build.module("_cpu") is None:
         pytest.skip(build.reason("_cpu"))
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *a: torch.device("cuda"))
-    triton._broken.cache_clear()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    forget()
     yield monkeypatch
+    forget()
+
+
+def forget() -> None:
     triton._broken.cache_clear()
+    triton._not_driven.cache_clear()
 
 
 def test_without_a_device() -> None:
-    if torch.accelerator.is_available():
+    if any(map(triton._is_visible, triton.DEVICES)):
         pytest.skip("there is a device")
     status = lookahead_fused.backends()["triton"]
     assert not status.available
@@ -72,10 +76,41 @@ def test_too_old(fresh: pytest.MonkeyPatch) -> None:
 def test_without_a_driver(fresh: pytest.MonkeyPatch) -> None:
     from triton import runtime
 
-    if torch.accelerator.current_accelerator().type != "cuda" or torch.cuda.is_available():  # type: ignore[union-attr]
+    if torch.cuda.is_available():
         pytest.skip("there is a driver")
     fresh.setattr(runtime, "driver", type(runtime.driver)())
     assert "0 active drivers" in triton.unavailable(torch.device("cuda"))
+
+
+@needs_triton
+def test_a_query_leaves_the_device_alone(fresh: pytest.MonkeyPatch) -> None:
+    """A process that asked which backends serve may fork, and its children use a GPU. What initializes one, or has
+    Triton's driver do so, is asked where there is a parameter on it, or where it is initialized already."""
+    from triton import runtime
+
+    class Asked:
+        @property
+        def active(self) -> Any:
+            raise RuntimeError("the driver was asked")
+
+    initializes = mock.Mock(side_effect=RuntimeError("CUDA was initialized"))
+    for owner, name in (
+        (torch.accelerator, "is_available"),
+        (torch.accelerator, "device_count"),
+        (torch.accelerator, "current_accelerator"),
+        (torch.cuda, "is_available"),
+        (torch.cuda, "_lazy_init"),
+        (torch.cuda, "get_device_capability"),
+        (torch._C, "_cuda_getDeviceCount"),
+    ):
+        fresh.setattr(owner, name, initializes, raising=False)
+    fresh.setattr(runtime, "driver", Asked())
+    assert lookahead_fused.backends()["triton"] == BackendStatus(True, "")
+    assert "the driver was asked" in triton.unavailable(torch.device("cuda"))
+    forget()
+    fresh.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert "the driver was asked" in triton.unavailable()
+    initializes.assert_not_called()
 
 
 @needs_triton
@@ -86,8 +121,8 @@ def test_a_driver_of_other_devices(fresh: pytest.MonkeyPatch) -> None:
     drivers.set_active(Driver())
     fresh.setattr(runtime, "driver", drivers)
     assert triton.unavailable(torch.device("cuda")) == ""
-    triton._broken.cache_clear()
-    fresh.setattr(torch.accelerator, "current_accelerator", lambda *a: torch.device("xpu"))
+    fresh.setattr(torch.cuda, "device_count", lambda: 0)
+    fresh.setattr(torch.xpu, "device_count", lambda: 1)
     assert "drives devices of type cuda, not xpu" in triton.unavailable(torch.device("xpu"))
     assert "no device of type cuda" in triton.unavailable(torch.device("cuda"))
 

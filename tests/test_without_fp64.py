@@ -157,10 +157,11 @@ def test_a_run() -> None:
 @pytest.mark.parametrize("device", ["xpu", "mtia"])
 def test_triton_says_that_it_cannot(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Its kernels count in fp64. Named it raises, and is not taken for granted where it is only asked for."""
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *a: torch.device(device))
+    monkeypatch.setattr(getattr(torch, device), "device_count", lambda: 1)
+    monkeypatch.setattr(getattr(torch, device), "is_initialized", lambda: True)
     monkeypatch.setattr(triton, "native", lambda: object())
-    monkeypatch.setattr(triton, "_broken", lambda device_type: "")
+    monkeypatch.setattr(triton, "_broken", lambda: "")
+    monkeypatch.setattr(triton, "_not_driven", lambda device_type: "")
     monkeypatch.setattr(tensors, "_has_fp64", lambda device_type: True)
     assert choose("auto", torch.device(device)) is triton
     monkeypatch.setattr(tensors, "_has_fp64", lambda device_type: device_type == "cpu")

@@ -44,14 +44,16 @@ def unavailable(device: torch.device | None = None) -> str:
     if native() is None:
         # Triton compiles with the system's C compiler as it runs, so who has none is not served without this either.
         return f"its table is kept by the compiled module _cpu: {build.reason('_cpu')}"
-    present = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if present is None or present.type not in (DEVICES if device is None else (device.type,)):
-        wanted = " or ".join(DEVICES) if device is None else device.type
-        return f"no device of type {wanted} is visible to this torch ({torch.__version__})"
-    reason = _broken(present.type)
-    if not reason and count_device(present).type == "cpu":
-        return f"its kernels count updates in fp64, and devices of type {present.type} have no fp64"
-    return reason
+    types = DEVICES if device is None else (device.type,)
+    present = next(filter(_is_visible, types), "")
+    if not present:
+        return f"no device of type {' or '.join(types)} is visible to this torch ({torch.__version__})"
+    reason = _broken()
+    if reason or (device is None and not _is_initialized(present)):
+        # What remains only the device itself can tell, and no child that is forked after that can use it: it is asked
+        # where there is a parameter on it.
+        return reason
+    return _not_driven(present) or _no_fp64(present)
 
 
 def version() -> str:
@@ -196,18 +198,34 @@ def kernels() -> ModuleType:
 
 
 @functools.cache
-def _broken(device_type: str) -> str:
-    """Why Triton does not serve here. Whatever goes wrong in it is told and not raised: other backends may serve."""
+def _broken() -> str:
+    """Why Triton serves no device. Whatever goes wrong in it is told and not raised: other backends may serve."""
     try:
-        from triton.runtime import driver
-
+        importlib.import_module("triton")
         if reason := too_old(version()):
             return reason
         kernels()
+    except Exception as error:
+        return _told(error)
+    return ""
+
+
+@functools.cache
+def _not_driven(device_type: str) -> str:
+    """Why Triton does not serve on devices of a type, as its driver says, which initializes them."""
+    try:
+        from triton.runtime import driver
+
         served = driver.active.get_active_torch_device().type
     except Exception as error:
         return _told(error)
     return "" if served == device_type else f"triton {version()} drives devices of type {served}, not {device_type}"
+
+
+def _no_fp64(device_type: str) -> str:
+    if count_device(torch.device(device_type)).type != "cpu":
+        return ""
+    return f"its kernels count updates in fp64, and devices of type {device_type} have no fp64"
 
 
 def too_old(version: str) -> str:
@@ -228,6 +246,17 @@ def _told(error: Exception) -> str:
 
 
 # ---- what is asked of torch's devices and of Triton's driver; the tests have their own answers where there are none
+
+
+def _is_visible(device_type: str) -> bool:
+    """By the module of the type, which counts without initializing: for NVIDIA's devices by NVML, if it is there.
+    `torch.accelerator` initializes CUDA to answer, and torch 2.6 even to tell which accelerator it is built for."""
+    module = getattr(torch, device_type, None)
+    return module is not None and module.device_count() > 0
+
+
+def _is_initialized(device_type: str) -> bool:
+    return bool(torch.get_device_module(device_type).is_initialized())
 
 
 def _current(device: torch.device) -> Any:
