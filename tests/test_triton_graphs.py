@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import shutil
+import subprocess
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,6 +19,7 @@ import triton_on_host
 from cuda_host import RULES
 from helpers import make_grads, make_optimizer, make_params, same_tensor_bits, seeded
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from triton_host import HOST, Recorder, needs_interpreter, set_grads
 
 
@@ -118,6 +123,88 @@ def test_captures_pin_no_memory(host: Any, monkeypatch: pytest.MonkeyPatch) -> N
         third = Graph(host, optimizer)
     assert third.source() is not first.source()
     assert first.source() is not None
+
+
+DRIVER = """
+static _Thread_local int mode;
+int mode_of_this_thread() { return mode; }
+int cuThreadExchangeStreamCaptureMode(int* exchanged) {
+    int before = mode;
+    mode = *exchanged;
+    *exchanged = before;
+    return 0;
+}
+"""
+
+
+@pytest.fixture
+def modes(host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ctypes.CDLL]:
+    """NVIDIA's driver, as far as it keeps which calls a thread may make while another one captures."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("builds a library in the driver's place, and no C compiler is on PATH")
+    source, library = tmp_path / "driver.c", tmp_path / "libcuda.so"
+    source.write_text(DRIVER)
+    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    load = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: load(str(library) if name == "libcuda.so.1" else name))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    host._exchange_capture_mode.cache_clear()
+    yield ctypes.CDLL("libcuda.so.1")
+    host._exchange_capture_mode.cache_clear()
+
+
+@needs_interpreter
+def test_steps_beside_a_capture(host: Any, modes: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While another thread captures another stream: what allocates memory, or waits for the device, has leave for it,
+    and nothing else has. After a failure too, the thread is as it was."""
+    asked: list[tuple[str, bool]] = []
+
+    def ask(name: str) -> None:
+        asked.append((name, modes.mode_of_this_thread() == 2))  # relaxed
+
+    def pinned(like: Tensor) -> Tensor:
+        ask("pin")
+        if failing:
+            raise RuntimeError("out of memory")
+        return like.clone()
+
+    class Copies(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is Tensor.copy_:
+                ask("copy")
+            return function(*args, **(kwargs or {}))
+
+    class Kernel(Recorder):
+        def warmup(self, *args: Any, **options: Any) -> None:
+            ask("compile")
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, **options: ask("launch")
+
+    kernels = types.SimpleNamespace(**{**vars(triton_on_host.kernels()), "rows": Kernel(None), "chunks": Kernel(None)})
+    monkeypatch.setattr(host, "kernels", lambda: kernels)
+    monkeypatch.setattr(host, "_pinned", pinned)
+    (p,) = params = make_params([(5,)])
+    optimizer = make_optimizer("adamw", params, HOST)
+    set_grads(params, 1)
+    failing = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    assert modes.mode_of_this_thread() == 0
+    failing = False
+    asked.clear()
+    with Copies():
+        optimizer.step()
+    compiled = [("compile", True)] * 2 + [("launch", True)] * 2
+    table, moved = [("copy", True), ("pin", True)], [("pin", True), ("copy", False), ("copy", False)]
+    assert asked == [*table, *moved, *compiled]
+    asked.clear()
+    p.grad = torch.ones_like(p)
+    with Copies():
+        optimizer.step()
+    assert asked == [*moved, ("launch", False), ("launch", False)]
+    assert modes.mode_of_this_thread() == 0
 
 
 @needs_interpreter

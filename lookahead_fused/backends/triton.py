@@ -9,8 +9,11 @@ parameter for it, or when somebody asks which backends serve.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -92,9 +95,9 @@ class Stepper:
             # What moves: as this pass has it, as the device has it, and there.
             self.staged, self.uploaded = _host_bytes(self.packed.moving), _host_bytes(self.packed.moving)
             self.moving = torch.zeros(self.packed.moving, dtype=torch.uint8, device=self.device)
-            # For a first captured step: memory cannot be pinned while a stream is being captured.
+            # For a first captured step: memory cannot be pinned on a stream that is being captured.
             self.source: Tensor | None = None
-            self.spare: Tensor | None = _pinned(self.staged)
+            self.spare: Tensor | None = _pinned_with_leave(self.staged)
             # In place of what a step is not given.
             self.no_scale = torch.ones((), dtype=torch.float32, device=self.device)
             self.no_inf = torch.zeros((), dtype=torch.float32, device=self.device)
@@ -141,29 +144,33 @@ class Stepper:
             (self.kernels.rows, row_programs, rows, 1),
             (self.kernels.chunks, self.chunk_count, (*chunks, *dtypes), self.warps),
         )
-        if part.pass_ not in self.compiled:
-            # Both before either is launched: a pass that fails in compiling one must not count.
+        # Machine code is loaded as it is first launched, which allocates memory.
+        new = part.pass_ not in self.compiled
+        with _allowed_to_wait() if new else nullcontext():
+            if new:
+                # Both before either is launched: a pass that fails in compiling one must not count.
+                for kernel, programs, arguments, warps in launches:
+                    if programs:
+                        kernel.warmup(*arguments, grid=(programs,), num_warps=warps, enable_fp_fusion=False)
+                self.compiled.add(part.pass_)
             for kernel, programs, arguments, warps in launches:
                 if programs:
-                    kernel.warmup(*arguments, grid=(programs,), num_warps=warps, enable_fp_fusion=False)
-            self.compiled.add(part.pass_)
-        for kernel, programs, arguments, warps in launches:
-            if programs:
-                kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False)
+                    kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False)
 
     def _send_fixed(self, part: CompiledPart) -> None:
         staged = _host_bytes(self.packed.fixed)
         part.table.pack_fixed(staged.data_ptr())
-        self.fixed.copy_(staged)
+        with _allowed_to_wait():  # for the copy, out of memory that is not pinned
+            self.fixed.copy_(staged)
         self.moves = part.table.moves
 
     def _upload(self) -> Tensor:
         if self.spare is None:
-            self.spare = _pinned(self.staged)
+            self.spare = _pinned_with_leave(self.staged)
         if not torch.equal(self.staged, self.uploaded):
             # A copy of its own, which torch does not give away before the device has read it: the host may run ahead
             # by any number of steps.
-            self.moving.copy_(_pinned(self.staged), non_blocking=True)
+            self.moving.copy_(_pinned_with_leave(self.staged), non_blocking=True)
             self.uploaded.copy_(self.staged)
         return self.moving
 
@@ -174,7 +181,7 @@ class Stepper:
         """
         if self.source is None or not torch.equal(self.source, self.staged):
             if self.spare is None:
-                self.source = _pinned(self.staged)
+                self.source = _pinned_with_leave(self.staged)
             else:
                 self.source, self.spare = self.spare.copy_(self.staged), None
         moving = torch.empty_like(self.moving)
@@ -183,6 +190,29 @@ class Stepper:
         owners, tensors = part.tensors()
         _captured.setdefault(owners[0], []).append((self, self.source, tensors))
         return moving
+
+
+def _pinned_with_leave(like: Tensor) -> Tensor:
+    # Torch asks for none where another thread captures: neither to allocate nor to see what it may use again.
+    with _allowed_to_wait():
+        return _pinned(like)
+
+
+@contextmanager
+def _allowed_to_wait() -> Iterator[None]:
+    """While any thread captures a graph, calls that might wait are forbidden to all threads that do not ask for this:
+    they would fail, and the capture with them."""
+    exchange = _exchange_capture_mode()
+    mode = ctypes.c_int(_RELAXED)
+    exchanged = exchange is not None and exchange(ctypes.byref(mode)) == 0
+    try:
+        yield
+    finally:
+        if exchange is not None and exchanged:
+            exchange(ctypes.byref(mode))
+
+
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 def _host_bytes(size: int) -> Tensor:
@@ -273,6 +303,19 @@ def _is_capturing(device: torch.device) -> bool:
 
 def _pinned(like: Tensor) -> Tensor:
     return like.pin_memory()
+
+
+@functools.cache
+def _exchange_capture_mode() -> Callable[..., int] | None:
+    """The function of NVIDIA's driver that gives this thread another capture mode; None where it drives no device. No
+    torch has it in Python: `capture_error_mode` of torch.cuda.graph is for the thread that captures."""
+    if torch.version.cuda is None:
+        return None
+    try:
+        function: Callable[..., int] = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    except (OSError, AttributeError):
+        return None
+    return function
 
 
 def _used_on_current_stream(tensor: Tensor) -> None:
