@@ -56,6 +56,8 @@ READ_BY_COMPILERS = (
 # Of each generation since Turing what most cards are, of those that the compiler knows; the newest also as PTX, which
 # the driver compiles for cards that come later.
 ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# The first whose runtime tells by cudaStreamGetCaptureInfo which graph a stream is captured into.
+OLDEST_NVCC = (12, 0)
 LOCAL_VERSION = os.environ.get("LOOKAHEAD_FUSED_LOCAL_VERSION", "")
 PYTHONS = os.environ.get("LOOKAHEAD_FUSED_PYTHONS", "")
 
@@ -143,7 +145,11 @@ def pythons() -> list[Python]:
 
 def missing_for_cuda() -> str | None:
     """What this machine lacks to compile a Python module in CUDA."""
-    return missing_for_cpp() or (None if isinstance(find_nvcc(), Path) else str(find_nvcc()))
+    missing = missing_for_cpp()
+    if missing:
+        return missing
+    nvcc = find_nvcc()
+    return nvcc if isinstance(nvcc, str) else too_old(nvcc)
 
 
 def find_nvcc() -> Path | str:
@@ -169,14 +175,32 @@ def find_nvcc() -> Path | str:
 
 def toolkit_nvcc(program: str) -> Path | str:
     """The compiler in its toolkit: on PATH there may be a script that starts it, beside which no header lies."""
-    tried = subprocess.run([program, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
-    top = re.search(r"^#\$ TOP=(.+)$", tried.stderr, re.MULTILINE)
+    steps = answer_of(program, "--dryrun", "-x", "cu", os.devnull)
+    top = re.search(r"^#\$ TOP=(.+)$", steps, re.MULTILINE)
     nvcc = Path(top[1].strip(), "bin", "nvcc").resolve() if top else Path(program)
-    return (
-        nvcc
-        if top and nvcc.is_file()
-        else f"{program} does not tell where its toolkit is: {tried.stderr.strip()[:200]}"
-    )
+    return nvcc if top and nvcc.is_file() else f"{program} does not tell where its toolkit is: {steps[:200]}"
+
+
+def too_old(nvcc: Path) -> str | None:
+    """Why a CUDA compiler cannot compile csrc/cuda, as a sentence; its own messages would be about our sources."""
+    told = answer_of(str(nvcc), "--version")
+    release = re.search(r"\brelease (\d+)\.(\d+)", told)
+    if release is None:
+        return f"{nvcc} does not tell its version: {told[:200]}"
+    if (int(release[1]), int(release[2])) >= OLDEST_NVCC:
+        return None
+    oldest = ".".join(map(str, OLDEST_NVCC))
+    found = ".".join(release.groups())
+    return f"it needs nvcc {oldest} or later, and {nvcc} is {found}: name another toolkit by CUDA_HOME"
+
+
+def answer_of(*command: str) -> str:
+    """All that a program prints, or why it does not run."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    except OSError as error:
+        return str(error)
+    return done.stdout.strip()
 
 
 def cuda_architectures(nvcc: Path) -> list[str]:
