@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,21 +91,41 @@ def two_ranks(script: str, place: Path) -> None:
 
 
 def on_ranks(size: int, script: str, place: Path) -> None:
-    """Runs a script on some ranks of this machine, without a network; fails with what they printed."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", _BEGIN + script + _END, str(rank), str(size), place],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        output = [process.communicate(timeout=180)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0] * size, "\n".join(output)
+    """Runs a script on some ranks of this machine, without a network; fails with what they printed.
+
+    A rank is forked from a process that has torch imported and has done nothing with it: to import it takes longer than
+    most scripts.
+    """
+    text = _BEGIN + script + _END
+    ranks = [_ranks().Process(target=_run, args=(text, rank, size, str(place)), daemon=True) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + 180
+    for process in ranks:
+        process.join(max(deadline - time.monotonic(), 0))
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+        process.join()
+    told = "\n".join(file.read_text() for file in sorted(place.glob("output*")))
+    assert codes == [0] * size, f"exit statuses {codes}, None where the time was over\n{told}"
+
+
+@functools.cache
+def _ranks() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint", "lookahead_fused"]
+    )
+    return context
+
+
+def _run(script: str, rank: int, size: int, place: str) -> None:
+    """What a forked process does: a program of its own, which prints into a file."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    sys.path[:0] = [path for path in (ROOT, TESTS) if path not in sys.path]
+    sys.argv = ["-c", str(rank), str(size), place]
+    with open(os.path.join(place, f"output{rank}"), "w") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+        exec(compile(script, "<string>", "exec"), {"__name__": "__main__"})

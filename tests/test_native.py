@@ -161,6 +161,21 @@ def test_an_instruction_set_that_is_not_there_is_refused() -> None:
         run("sgd", torch.float32, instruction_set="avx1024")
 
 
+@pytest.mark.parametrize("module", ["_cpu", "_cuda"])
+def test_a_module_shares_nothing_of_pybind11_with_another(module: str) -> None:
+    """What turns exceptions into Python's is among it. In modules that have a C++ library each linked into them, as
+    those of a release wheel have, one would not know the other's, and tell of "an unknown exception"."""
+    if build.module(module) is None:
+        pytest.skip(build.reason(module))
+    api = ctypes.pythonapi
+    api.PyInterpreterState_Get.restype = ctypes.c_void_p
+    api.PyInterpreterState_GetDict.argtypes = [ctypes.c_void_p]
+    # A borrowed reference, which ctypes would take for one to give back.
+    api.PyInterpreterState_GetDict.restype = ctypes.c_void_p
+    kept = ctypes.cast(api.PyInterpreterState_GetDict(api.PyInterpreterState_Get()), ctypes.py_object).value
+    assert [key for key in kept if "internals" in str(key) and f"lookahead_fused_{module}_" in str(key)]
+
+
 def patterns(dtype: torch.dtype) -> Tensor:
     """Every number of a 16-bit format that is finite."""
     bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)

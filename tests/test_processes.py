@@ -8,10 +8,14 @@ import pytest
 import torch
 from helpers import assert_unchanged, make_params, snapshot
 from processes import needs_cpu_backend, needs_fork, needs_proc, python
+from releases import needs_torch
 from runs import advance
 
 import lookahead_fused
 from lookahead_fused.backends import cpu
+
+# Under older ones a step takes threads of its own.
+lends_threads = needs_torch("2.10", "a function that lends its threads")
 
 PRELUDE = """
 import json, os, sys
@@ -67,7 +71,7 @@ def test_import_is_harmless(asks: bool) -> None:
 
 @needs_proc
 @needs_cpu_backend
-@pytest.mark.parametrize("own", [False, True], ids=["torch", "own"])
+@pytest.mark.parametrize("own", [pytest.param(False, marks=lends_threads), True], ids=["torch", "own"])
 def test_threads(own: bool) -> None:
     """OMP_NUM_THREADS and torch.set_num_threads bind a step. It takes torch's threads and none besides; where it may
     not, one less of its own than torch would use, which it keeps and lets sleep where fewer are asked for."""
@@ -209,8 +213,9 @@ def test_fork(steps: int) -> None:
 
 @needs_cpu_backend
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's library is looked for by its name on Linux")
+@lends_threads
 def test_torch_threads_serve() -> None:
-    """On every torch of these tests, in a process that was not forked: this one is, and then executes a program."""
+    """In a process that was not forked: this one is, and then executes a program."""
     script = """
     optimizer = make()[1]
     optimizer.step()

@@ -9,7 +9,7 @@ import random
 from typing import Any
 
 import torch
-from helpers import make_tensor, seeded, set_grad
+from helpers import can_set_grad_dtype, make_tensor, seeded, set_grad
 from runs import through_a_file
 from torch import Tensor
 
@@ -102,7 +102,7 @@ def give_gradients(world: World, draw: random.Random) -> tuple[str, tuple[int, .
             p.grad.copy_(values)
             told.append("in place")
         else:
-            if kind == "fp32" and has_bits(world.rule) and p.dtype.itemsize == 2:
+            if kind == "fp32" and can_set_grad_dtype() and has_bits(world.rule) and p.dtype.itemsize == 2:
                 values = values.float()
             set_grad(p, lay_out(values, kind))
             told.append(kind)
