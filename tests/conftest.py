@@ -14,6 +14,7 @@ import pytest
 import torch
 import triton_on_host
 from helpers import BackendCase
+from processes import needs_gloo
 from stand_ins import STAND_INS, cuda_on_host
 
 import lookahead_fused
@@ -76,7 +77,11 @@ def case_id(case: BackendCase) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Triton's interpreter takes a thousand times as long as a compiled backend, so it gets a selection of each test's
-    cases: as many as it takes for every value of every parameter to be tried, with the values of the others in turn."""
+    cases: as many as it takes for every value of every parameter to be tried, with the values of the others in turn.
+
+    Tests that run several processes come first: they take longest, and wait for each other, which at the end of a run
+    would leave a worker idle."""
+    items.sort(key=lambda item: needs_gloo.mark not in item.iter_markers())
     if config.getoption("--interpret-all"):
         return
     interpreted: dict[Any, list[Any]] = {}
