@@ -35,8 +35,6 @@ from .sequential import FALSE_ALARM, FIRST_LOOK, MISS, Answer, Estimate, answer,
 
 # By clock, its part of the bound on false alarms.
 CLOCKS = {"cores": 0.8, "wall": 0.2}
-# On either side of an interval, over all looks together: it holds the truth with 99 % wherever the test stops.
-INTERVAL = 0.005
 # Blocks of a pair of processes, at least and at most; between them it measures for as long as it took to start.
 BLOCKS = 8, 100
 # What a turn of short steps lasts at least: less, and the switching would be what is measured.
@@ -214,6 +212,14 @@ class Progress:
             return "slower"
         return "holds" if "cores" in self.answers and self.answers["cores"].holds else "undecided"
 
+    def interval(self, clock: str) -> tuple[float, float]:
+        """Between which log ratios the truth is: below 0 as a whole exactly where the clock says "slower".
+
+        Either side has the clock's part of the bound on false alarms, so that the intervals of all clocks together hold
+        the truth with 98 %, at whichever look the comparison stopped.
+        """
+        return self.estimates[clock].bounds(FALSE_ALARM * CLOCKS[clock] * share(self.look))
+
     def judge(self, limit: float) -> None:
         """Look at what there is."""
         self.look = len(self.groups["cores"]) - FIRST_LOOK + 1
@@ -276,7 +282,7 @@ def record(progress: Progress, work: Work, machine: schema.Machine, limit: float
     packages = {name: schema.Package(**told) for name, told in progress.installs.items()}
     ratios = {}
     for clock, found in progress.estimates.items():
-        low, high = found.bounds(INTERVAL * share(progress.look))
+        low, high = progress.interval(clock)
         ratios[clock] = schema.Ratio(math.exp(found.value), math.exp(low), math.exp(high), found.between)
     return schema.Comparison(
         packages["A"],

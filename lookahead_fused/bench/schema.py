@@ -131,7 +131,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Ratio:
-    """B's speed by A's, with an interval that holds the truth with 99 % whenever the comparison stopped.
+    """B's speed by A's on one clock.
+
+    Its interval is below 1 as a whole wherever the clock calls B slower. The intervals of all clocks together hold the
+    truth with 98 %, whenever the comparison stopped.
 
     Attributes:
         median: the ratio; it is a trimmed mean of logarithms, whose center is the median's.

@@ -65,7 +65,7 @@ def comparison_lines(found: schema.Comparison, markdown: bool) -> list[str]:
                 f"{ratio.median:.4f} [{ratio.low:.4f} .. {ratio.high:.4f}]",
             ]
         )
-    heads = ["a step", "A", "B", "B's speed by A's, 99 % interval"]
+    heads = ["a step", "A", "B", "B's speed by A's, 98 % interval"]
     installs = [
         f"{name}: {p.version} in {p.folder}, torch {p.torch}, Python {p.python}"
         for name, p in (("A", found.a), ("B", found.b))

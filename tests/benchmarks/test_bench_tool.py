@@ -69,6 +69,22 @@ def test_what_is_too_noisy_to_tell_is_undecided_and_not_slower() -> None:
     assert verdicts.count("slower") <= 2
 
 
+def test_the_interval_is_below_one_exactly_where_a_clock_says_slower() -> None:
+    """Else a reader sees "slower" beside an interval with both slower and faster in it."""
+    generator = random.Random(4)
+    said = []
+    for number in range(200):
+        progress = pairs.Progress()
+        change, scatter = generator.uniform(-0.03, 0.01), generator.choice((0.02, 0.05))
+        for clock in pairs.CLOCKS:
+            progress.groups[clock] = drawn(generator, change, 0.003, 3 + number % 4, scatter)
+        progress.judge(LIMIT)
+        for clock, answer in progress.answers.items():
+            assert answer.slower == (progress.interval(clock)[1] < 0)
+            said.append(answer.slower)
+    assert 50 < sum(said) < 350
+
+
 def test_pairs_of_processes_that_differ_widen_the_interval() -> None:
     """As many blocks say less where they come from processes that differ by more than their blocks do."""
     generator = random.Random(1)
@@ -109,8 +125,8 @@ def test_quantiles_are_those_of_the_tables(p: float, freedom: float, expected: f
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two blocks a pair, one pair before the first look: what is tested is the way there."""
-    monkeypatch.setattr(pairs, "BLOCKS", (2, 3))
+    """Few blocks a pair, one pair before the first look: what is tested is the way there."""
+    monkeypatch.setattr(pairs, "BLOCKS", (5, 6))
     monkeypatch.setattr(pairs, "FIRST_LOOK", 1)
     monkeypatch.setattr(pairs, "TURN", 0.002)
 
@@ -124,12 +140,13 @@ def test_a_directory_with_a_slower_copy_fails(tmp_path: Path) -> None:
     """A copy that walks its memory three times is slower than itself, and its record says by how much."""
     slow = planted(tmp_path / "slow", 200)
     file, page = tmp_path / "found" / "compared.json", tmp_path / "found.md"
-    options = ("--case", "one-16mi", "--k", 1, "--seconds", 5, "--json", file, "--markdown", page)
+    # On a quiet machine the first pair decides; a busy one takes as many as it needs.
+    options = ("--case", "one-16mi", "--k", 1, "--seconds", 120, "--json", file, "--markdown", page)
     assert command("compare", OWN, slow, *options) == tool.SLOWER
     found = schema.read(file, schema.Comparison)
     assert found.verdict == "slower"
     assert 0.2 < found.ratios["cores"].median < 0.6
-    assert found.ratios["cores"].low < found.ratios["cores"].median < found.ratios["cores"].high < 1
+    assert min(ratio.high for ratio in found.ratios.values()) < 1
     assert Path(found.b.folder) == slow / "lookahead_fused"
     assert page.read_text().startswith("**B is slower by ")
     assert "\n| a step | A | B |" in page.read_text()
