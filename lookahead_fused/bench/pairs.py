@@ -31,7 +31,7 @@ import torch
 from . import parameters, schema
 from .measure import LARGE, Unavailable
 from .memory import available_bytes
-from .sequential import FALSE_ALARM, FIRST_LOOK, MISS, Answer, Estimate, answer, estimate, share
+from .sequential import FALSE_ALARM, FEWEST, FIRST_LOOK, MISS, Answer, Estimate, answer, estimate, share
 
 # By clock, its part of the bound on false alarms.
 CLOCKS = {"cores": 0.8, "wall": 0.2}
@@ -220,9 +220,9 @@ class Progress:
         """
         return self.estimates[clock].bounds(FALSE_ALARM * CLOCKS[clock] * share(self.look))
 
-    def judge(self, limit: float) -> None:
-        """Look at what there is."""
-        self.look = len(self.groups["cores"]) - FIRST_LOOK + 1
+    def judge(self, limit: float, last: bool = False) -> None:
+        """Look at what there is, if it is time for a look; `last`: there is no more."""
+        self.look = max(len(self.groups["cores"]) - FIRST_LOOK + 1, int(last))
         if self.look < 1:
             return
         for clock, part in CLOCKS.items():
@@ -245,7 +245,7 @@ def compare(
         a, b: the installs.
         work: what they do.
         limit: the ratio of speeds below which B is too slow, less than 1.
-        seconds: after which no further pair of processes is begun, once there are two.
+        seconds: after which no further pair of processes is begun, once there are three.
         log: told of every pair.
 
     Raises:
@@ -268,12 +268,13 @@ def compare(
                 for side in ("A", "B"):
                     progress.seconds[clock][side].append(block[side][clock])
                 progress.groups[clock][-1].append(math.log(block["A"][clock] / block["B"][clock]))
-        progress.judge(limit)
         progress.elapsed = time.perf_counter() - start
-        log(_line(progress))
         # Half a pair more would be over the time, half less under it.
         next_ends = progress.elapsed * (1 + 0.5 / (pair + 1))
-        if progress.verdict != "undecided" or (pair + 1 >= FIRST_LOOK and next_ends > seconds):
+        over = pair + 1 >= FEWEST and next_ends > seconds
+        progress.judge(limit, last=over)
+        log(_line(progress))
+        if over or progress.verdict != "undecided":
             return progress
 
 
