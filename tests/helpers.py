@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -74,15 +73,6 @@ def make_tensor(
     scale: float = 1.0,
 ) -> Tensor:
     return (torch.randn(tuple(shape), generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
-
-
-def seconds_to_ask_for_addresses(params: Sequence[torch.Tensor]) -> float:
-    """The time that Python takes to ask for each gradient's address: a measure of the machine as it is now, by which
-    host work is judged."""
-    start = time.perf_counter()
-    for p in params:
-        p.grad.data_ptr()
-    return time.perf_counter() - start
 
 
 def make_params(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import subprocess
 import sys
@@ -33,6 +34,11 @@ needs_gloo = pytest.mark.skipif(
     reason="this torch was built without gloo",
 )
 
+# Seconds after which a process is taken for hung: many times what any of them takes, also where its core is shared.
+PATIENCE = 600
+# Of the others, once one has failed: they wait for it, and may tell how that ended.
+LAST_WORDS = 10
+
 
 def python(script: str, prelude: str = "", **environment: str) -> Any:
     """What a script prints, from JSON; it runs in a process of its own, which may import what tests share."""
@@ -42,7 +48,7 @@ def python(script: str, prelude: str = "", **environment: str) -> Any:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return json.loads(done.stdout)
@@ -62,7 +68,7 @@ def serving(name: str) -> Iterator[None]:
 
 
 # `rank` of `size`, with a process group over gloo.
-_BEGIN = """
+_BEGIN = f"""
 import datetime, os, pathlib, sys, time
 import torch
 import torch.distributed as dist
@@ -70,14 +76,14 @@ import torch.distributed as dist
 rank, size, place = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
 store = dist.FileStore(os.path.join(place, "store"), size)
-dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds={PATIENCE}))
 """
 # All are done before any leaves; and they leave past the teardown of gloo's threads, which now and then ends in
 # std::terminate. What failed before came no further than there.
-_END = """
+_END = f"""
 place = pathlib.Path(place)
-(place / f"done{rank}").touch()
-deadline = time.monotonic() + 120
+(place / f"done{{rank}}").touch()
+deadline = time.monotonic() + {PATIENCE}
 while len(list(place.glob("done*"))) < size and time.monotonic() < deadline:
     time.sleep(0.01)
 sys.stdout.flush()
@@ -100,9 +106,11 @@ def on_ranks(size: int, script: str, place: Path) -> None:
     ranks = [_ranks().Process(target=_run, args=(text, rank, size, str(place)), daemon=True) for rank in range(size)]
     for process in ranks:
         process.start()
-    deadline = time.monotonic() + 180
-    for process in ranks:
-        process.join(max(deadline - time.monotonic(), 0))
+    running, deadline = {process.sentinel: process for process in ranks}, time.monotonic() + PATIENCE
+    while running and time.monotonic() < deadline:
+        for ended in multiprocessing.connection.wait(list(running), deadline - time.monotonic()):
+            if running.pop(ended).exitcode != 0:
+                deadline = min(deadline, time.monotonic() + LAST_WORDS)
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()

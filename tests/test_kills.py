@@ -20,8 +20,8 @@ import pytest
 import torch
 import training
 import triton_on_host
+from processes import PATIENCE, needs_fork
 
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the process that is killed")
 WAYS = list(training.WAYS)
 RULES = list(training.RULES)
 # The names of two backends are not equally long, nor are their checkpoints.
@@ -51,6 +51,10 @@ def process(act: Callable[[Any], None], killed_after: tuple[int, float] | None =
                 try:
                     act(report)
                     status = 0
+                    if killed_after is not None:
+                        # It has done all, as its parent had no core in time: the kill comes late, and comes.
+                        signal.alarm(PATIENCE)
+                        signal.pause()
                 except BaseException:
                     print(-1, repr(traceback.format_exc()), file=report)
         finally:

@@ -16,6 +16,8 @@ from lookahead_fused.backends import cpu
 
 # Under older ones a step takes threads of its own.
 lends_threads = needs_torch("2.10", "a function that lends its threads")
+# Nanoseconds of work after which a thread is a step's helper, and not one that was woken and slept again.
+ENOUGH = 20_000_000
 
 PRELUDE = """
 import json, os, sys
@@ -93,12 +95,18 @@ def test_threads(own: bool) -> None:
             optimizer.step()
         return threads() - before
 
-    def work(threads, times=30):
+    # The nanoseconds of this thread and of each other one in so many steps, or until another has had its part; and how
+    # many steps they were.
+    def work(steps):
         optimizer.step()
-        before = {{thread: busy(thread) for thread in threads}}
-        for _ in range(times):
+        before = {{thread: busy(thread) for thread in threads()}}
+        for made in range(1, steps + 1):
             optimizer.step()
-        return sorted(busy(thread) - before[thread] for thread in threads)
+            worked = {{thread: busy(thread) - before[thread] for thread in before}}
+            main, others = worked.pop(os.getpid()), sorted(worked.values())
+            if others[-1] >= {ENOUGH}:
+                break
+        return main, others, made
 
     p, optimizer = make()
     from lookahead_fused._parts import Tuning
@@ -113,18 +121,21 @@ def test_threads(own: bool) -> None:
         found["taken"].append(len(taken))
     torch.set_num_threads(2)
     step()
-    found["helpers"] = work(threads() - {{os.getpid()}})
+    found["with two"] = work(10_000)
     torch.set_num_threads(1)
-    found["alone"] = work(threads() - {{os.getpid()}})
+    found["alone"] = work(found["with two"][-1])
     print(json.dumps(found))
     """
     # Asleep between regions: a thread that spins has time of its own also where nobody calls it.
     found = python(script, PRELUDE, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
     assert found["omp"] == 1
     assert found["taken"] == ([0, 0, 1, 3, 3, 3, 3] if own else [0] * 7)
-    *idle, helper = found["helpers"]
-    assert max(idle, default=0) < 0.2 * helper, f"nanoseconds of each thread: {found['helpers']}"
-    assert max(found["alone"]) < 0.2 * helper, f"{found['alone']}, and with two threads {found['helpers']}"
+    # Not compared with the helper: where other work holds the cores it comes late, and finds little to do.
+    main, (*idle, helper), _ = found["with two"]
+    assert helper >= ENOUGH, found
+    assert max(idle, default=0) < 0.2 * main, found
+    main, idle, _ = found["alone"]
+    assert max(idle) < 0.2 * main, found
 
 
 @needs_cpu_backend

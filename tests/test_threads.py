@@ -26,6 +26,21 @@ def make(rule: str, params: list[torch.nn.Parameter], backend: BackendCase) -> A
     return make_optimizer(rule, params, backend, lr=0.1, k=2)
 
 
+class Watched:
+    """A lock that tells when a thread has to wait for it."""
+
+    def __init__(self, lock: Any) -> None:
+        self.lock, self.reached = lock, threading.Event()
+
+    def __enter__(self) -> None:
+        if not self.lock.acquire(blocking=False):
+            self.reached.set()
+            self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_slow_weights_wait_for_a_step(backend: BackendCase, rule: str) -> None:
     """An evaluation that begins on another thread within a step sees the slow weights after it, and the step is one of
@@ -36,19 +51,21 @@ def test_slow_weights_wait_for_a_step(backend: BackendCase, rule: str) -> None:
         advance(o, ps, range(2))
     seen: list[torch.Tensor] = []
     entered, leave = threading.Event(), threading.Event()
+    optimizer._lock = lock = Watched(optimizer._lock)
 
     def evaluate() -> None:
         with optimizer.slow_weights():
             seen.extend(p.detach().clone() for p in params)
             entered.set()
+            lock.reached.set()
             leave.wait()
 
-    thread = threading.Thread(target=evaluate)
+    thread = threading.Thread(target=evaluate, daemon=True)
 
     def closure() -> None:
         thread.start()
-        # Whoever does not wait for the step is inside by then.
-        entered.wait(0.1)
+        # Whoever does not wait for the step is inside then.
+        assert lock.reached.wait(60)
         for p, g in zip(params, gradients_of(2, params), strict=True):
             set_grad(p, g)
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import gc
 import mmap
-import statistics
-import time
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,7 +18,8 @@ import pytest
 import torch
 import triton_on_host
 from cuda_host import RULES
-from helpers import make_optimizer, make_params, same_tensor_bits, seconds_to_ask_for_addresses, seeded
+from helpers import make_optimizer, make_params, same_tensor_bits, seeded
+from host_work import Stepped, assert_host_work
 from torch import Tensor
 from triton_host import HOST, Driver, Recorder, needs_interpreter, needs_triton, set_grads
 
@@ -285,36 +284,18 @@ def test_one_compilation_for_any_value(driver: type[Driver]) -> None:
 @needs_triton
 @pytest.mark.slow
 def test_host_work_of_a_step(driver: type[Driver], capsys: pytest.CaptureFixture[str]) -> None:
-    """All of Python's and Triton's part of two launches.
+    """All of Python's and Triton's part of two launches: the same for any number of tensors, which C++ reads in the
+    quick way."""
 
-    For a tensor less than 3.7 times what it takes Python to ask for a gradient's address in the same moment, and a
-    fixed part of what it takes to ask for 1000. One call of Python's for each tensor would make 4.3 of it.
-    """
-
-    def seconds(count: int) -> tuple[float, float, float]:
+    def begin(count: int) -> Stepped:
         params = make_params([(3,)] * count)
         optimizer = make_optimizer("adamw", params, HOST)
         set_grads(params, 1)
-        optimizer.step()
-        taken, asked = [], []
-        for _ in range(100):
-            start = time.perf_counter()
-            optimizer.step()
-            taken.append(time.perf_counter() - start)
-            asked.append(seconds_to_ask_for_addresses(params))
-        # Of neighbours in time: a machine's clock changes from one moment to the next.
-        beside = statistics.median(t / a for t, a in zip(taken, asked, strict=True))
-        return min(taken), min(asked) / count, beside
+        return Stepped(params, optimizer.step)
 
-    # Of more, what describes the tensors does not fit a core's caches, and memory is what is measured.
-    (one, *_), (many, asked, each) = seconds(1), seconds(1000)
+    found = assert_host_work(begin, most_fixed=1000)
     with capsys.disabled():
-        print(
-            f"\nTriton, host work: fixed {one * 1e6:.0f} us, "
-            f"for each tensor {(many - one) / 999 * 1e9:.0f} ns, {each:.2f} times an address's"
-        )
-    assert one < 1000 * asked
-    assert each < 3.7
+        print(f"\nTriton, host work: {found}")
 
 
 @needs_interpreter

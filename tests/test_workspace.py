@@ -32,5 +32,5 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_workspace(program: Path, case: str) -> None:
     # The pool is never destroyed, and its threads stand when the process ends.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-    done = subprocess.run([program, case], capture_output=True, text=True, check=False, env=environment, timeout=60)
+    done = subprocess.run([program, case], capture_output=True, text=True, check=False, env=environment, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr

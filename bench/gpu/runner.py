@@ -21,8 +21,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 # The exit status of a command that has nothing to do here; its last line says why.
 SKIPPED = 77
-# From the request to end to the end without asking.
-GRACE = 5.0
+# From the request to end to the end without asking, and from there to the word that it does not end.
+GRACE, GONE = 5.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def run(piece: Piece, tell: Callable[[str], object]) -> Outcome:
 
 def end(process: subprocess.Popen[str]) -> bool:
     """Ends a process and all of its group; False where it does not go, as one that waits for a driver."""
-    for request, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
+    for request, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GONE)):
         try:
             os.killpg(process.pid, request)
         except ProcessLookupError:

@@ -37,7 +37,7 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "--import-mode=append",
         # One thread: on a loaded machine a thousand small parallel regions a step would take minutes.
         "--rounds", "2", "--threads", "1", f"--benchmark-json={target}",
-        "-k", "many-small-each or host-alone or gpt2-xl",
+        "-k", "many-small-each or host-alone",
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -61,10 +61,7 @@ def test_the_suite_writes_pytest_benchmarks_format(content: dict[str, Any]) -> N
 
 
 def test_what_was_not_run_is_told(content: dict[str, Any]) -> None:
-    rows = dict(tables.skipped_rows(content))
-    assert "host does the work" in rows["host-alone"]
-    if Cpu().available_bytes() < 50 << 30:
-        assert "GiB are available" in rows["gpt2-xl-adamw"]
+    assert "host does the work" in dict(tables.skipped_rows(content))["host-alone"]
 
 
 def test_the_page_needs_no_other_file(content: dict[str, Any]) -> None:

@@ -197,7 +197,7 @@ def test_a_missing_package_is_named_with_the_remedy() -> None:
         env={**os.environ, **processes.search_path()},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 1
     assert done.stderr.strip().startswith("the demo needs ")

@@ -25,7 +25,7 @@ NO_GPU = Card(reason="none is visible")
 SERVED = Card(("Some Card 6000",), ("12.0",), True)
 
 
-def shell(name: str, script: str, limit: float = 20, needs: str = "") -> Piece:
+def shell(name: str, script: str, limit: float = 300, needs: str = "") -> Piece:
     return Piece(name, ["sh", "-c", script], limit, needs)
 
 
@@ -61,15 +61,30 @@ def test_what_hangs_is_killed_with_all_that_it_started(
 ) -> None:
     """One that hears no request to end is ended without; the next runs, and what came before the limit is there."""
     monkeypatch.setattr(runner, "GRACE", 0.3)
+    pids = tmp_path / "pids"
     trap = "trap '' TERM; " if deaf else ""
-    noted = f"echo $! >> {tmp_path}/pids"
+    noted = f"echo $! >> {pids}"
     script = f"{trap}(sleep 600 & {noted}; wait) & {noted}; echo so far; wait; sleep 600"
-    start = time.monotonic()
+
+    def got_so_far() -> bool:
+        started = pids.read_text().split() if pids.exists() else []
+        return len(started) == 2 and "\nso far\n" in (tmp_path / "some.txt").read_text()
+
+    class Popen(subprocess.Popen):  # type: ignore[type-arg]
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout == 1.0:
+                # The limit is over when the piece has got so far, however long it takes for it here.
+                hung = time.monotonic() + 300
+                while not got_so_far() and time.monotonic() < hung:
+                    time.sleep(0.01)
+                timeout = 0.0
+            return super().wait(timeout)
+
+    monkeypatch.setattr(runner.subprocess, "Popen", Popen)
     verdicts = run([shell("hangs", script, limit=1.0), shell("next", "echo here")], tmp_path)
-    assert time.monotonic() - start < 15
     assert verdicts == ["KILLED: it was not done in 1 s", "passed"]
     assert "so far\n== some: hangs: KILLED" in (tmp_path / "some.txt").read_text()
-    for pid in (tmp_path / "pids").read_text().split():
+    for pid in pids.read_text().split():
         status = Path(f"/proc/{pid}/stat")
         assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
 
@@ -78,7 +93,7 @@ def test_what_is_left_running_holds_up_nothing(tmp_path: Path) -> None:
     """It has the output open, and would be read to its end."""
     start = time.monotonic()
     assert run([shell("leaves", "sleep 600 & echo done")], tmp_path) == ["passed"]
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 500
 
 
 def test_results_are_there_while_the_next_piece_runs(tmp_path: Path) -> None:
@@ -134,6 +149,7 @@ def test_a_gpu_that_torch_does_not_see_is_a_failure(tmp_path: Path, monkeypatch:
 
 def test_a_card_is_asked_for_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that hangs in the driver, or a torch that does not load: then it is not known, and nothing is passed over."""
+    monkeypatch.setattr(card, "LIMIT", 600.0)
     assert card.ask() == card.look()
     hangs = tmp_path / "python"
     hangs.write_text("#!/bin/sh\nsleep 600\n")

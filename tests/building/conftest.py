@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from wheels import ROOT, SMALL_MODULE, Result, environment, run, wheel_of
+from wheels import ROOT, SMALL_MODULE, Result, environment, keep_rules, run, wheel_of
 
 
 @pytest.fixture(scope="session")
@@ -59,29 +59,44 @@ def unpacked(base, tree, toolchain):
 
 @pytest.fixture(scope="session")
 def built(toolchain, unpacked):
-    """The wheel of the source distribution, built in isolation; its build directory stays."""
-    result = wheel_of(unpacked, [toolchain, "-m", "pip", "wheel", "-v"])
+    """The wheel of the source distribution, with two rules, built in isolation; its build directory stays."""
+    keep_rules(unpacked, "Sgd", "External")
+    result = wheel_of(unpacked, [toolchain, "-m", "pip", "wheel", "-v", "--no-deps", ".", "--wheel-dir"])
     assert result.returncode == 0, result.output
     return result
 
 
+@pytest.fixture(params=["two rules", "every rule"])
+def objects(request):
+    """The object files of _cpu: those of `built`, and where this tree was built in place its own, with every rule."""
+    if request.param == "two rules":
+        request.getfixturevalue("built")
+        return list(request.getfixturevalue("unpacked").glob("build/cmake-*/**/*.cpp.o"))
+    found = list(ROOT.glob(f"build/cmake-*-{sys.implementation.cache_tag}/**/*.cpp.o"))
+    if not found:
+        pytest.skip("this tree was not built in place")
+    return found
+
+
 @pytest.fixture(scope="session")
-def pip_wheel(toolchain):
-    """Builds the wheel of a source tree under the given environment variables, without isolation."""
+def build_wheel(toolchain):
+    """Builds the wheel of a source tree under the given environment variables, without isolation: by the call that pip
+    makes in a process of its own, since pip itself would take longer than most of these builds."""
+    hook = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 
-    def pip_wheel(source: Path, **changes: str) -> Result:
-        command = [toolchain, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-index"]
-        return wheel_of(source, command, **changes)
+    def build_wheel(source: Path, **changes: str) -> Result:
+        return wheel_of(source, [toolchain, "-c", hook], **changes)
 
-    return pip_wheel
+    return build_wheel
 
 
 @pytest.fixture(scope="session")
-def built_with_cuda(base, tree, pip_wheel):
-    """A wheel with _cuda alone in it, for one architecture."""
+def built_with_cuda(base, tree, build_wheel):
+    """A wheel with _cuda alone in it, for one architecture and two rules."""
     source = shutil.copytree(tree, base / "with-cuda", ignore=shutil.ignore_patterns("dist", "*.egg-info"))
+    keep_rules(source, "Sgd", "External")
     changes = {"LOOKAHEAD_FUSED_CUDA": "1", "LOOKAHEAD_FUSED_CPU": "0", "TORCH_CUDA_ARCH_LIST": "8.0+PTX"}
-    result = pip_wheel(source, **changes)
+    result = build_wheel(source, **changes)
     assert result.returncode == 0, result.output
     return result
 
@@ -90,7 +105,7 @@ def built_with_cuda(base, tree, pip_wheel):
 def copy(tree, tmp_path):
     """A tree to break or to build, whose _cpu compiles in a moment: what it does is no matter here."""
     copy = shutil.copytree(tree, tmp_path / "tree", ignore=shutil.ignore_patterns("dist", "*.egg-info"))
-    for directory in ("cpu", "python"):
+    for directory in ("cpu", "python", "torch"):
         shutil.rmtree(copy / "csrc" / directory)
         (copy / "csrc" / directory).mkdir()
     (copy / "csrc/python/cpu_module.cpp").write_text(SMALL_MODULE)

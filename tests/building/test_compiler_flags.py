@@ -78,10 +78,10 @@ def test_the_numbers_tell_exact_from_fast() -> None:
 
 
 @pytest.mark.parametrize("variable", ["CXX", "CXXFLAGS", "LDFLAGS"])
-def test_fast_math_is_undone(rounding, pip_wheel, toolchain, tmp_path, variable):
+def test_fast_math_is_undone(rounding, build_wheel, toolchain, tmp_path, variable):
     flags = shlex.join(accepted(FAST_MATH))
     assert "-ffast-math" in flags
-    result = pip_wheel(rounding, **{variable: f"{COMPILERS[0]} {flags}" if variable == "CXX" else flags})
+    result = build_wheel(rounding, **{variable: f"{COMPILERS[0]} {flags}" if variable == "CXX" else flags})
     assert result.returncode == 0, result.output
     with zipfile.ZipFile(result.wheel) as archive:
         module = archive.extract(native_modules(result.wheel)[0], tmp_path)
@@ -92,8 +92,8 @@ def test_fast_math_is_undone(rounding, pip_wheel, toolchain, tmp_path, variable)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="asks for what GCC links with -Ofast")
-def test_what_changes_the_rounding_of_the_process_is_refused(rounding, pip_wheel):
-    result = pip_wheel(rounding, CXX="g++", LDFLAGS="-Ofast")
+def test_what_changes_the_rounding_of_the_process_is_refused(rounding, build_wheel):
+    result = build_wheel(rounding, CXX="g++", LDFLAGS="-Ofast")
     assert result.returncode != 0
     assert result.wheel is None
     assert "CXX, CXXFLAGS or LDFLAGS (-Ofast) link crtfastmath.o" in re.sub(r"\s+", " ", result.output)
@@ -101,11 +101,11 @@ def test_what_changes_the_rounding_of_the_process_is_refused(rounding, pip_wheel
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="reads GCC's macros")
 @pytest.mark.parametrize("flag", ["-ffast-math", "-freciprocal-math", "-ffinite-math-only", "-mfpmath=387"])
-def test_a_compiler_that_has_the_last_word_is_refused(rounding, pip_wheel, tmp_path, flag):
+def test_a_compiler_that_has_the_last_word_is_refused(rounding, build_wheel, tmp_path, flag):
     script = tmp_path / "g++"
     script.write_text(f'#!/bin/sh\nexec {shutil.which("g++")} "$@" {flag}\n')
     script.chmod(0o755)
-    result = pip_wheel(rounding, CXX=str(script))
+    result = build_wheel(rounding, CXX=str(script))
     assert result.returncode != 0
     assert result.wheel is None
     assert re.search(f"ask for.*{flag}.*cannot be undone", re.sub(r"\s+", " ", result.output))
@@ -116,14 +116,17 @@ def test_a_compiler_that_has_the_last_word_is_refused(rounding, pip_wheel, tmp_p
     ("variable", "flags", "told"),
     [
         ("CUDAFLAGS", "-use_fast_math", "-fast-math"),
-        ("NVCC_APPEND_FLAGS", "--fmad=true", "-fmad=1"),
-        ("NVCC_APPEND_FLAGS", "-prec-div=false -prec-sqrt=false -ftz=true", "-ftz=1 -prec_div=0 -prec_sqrt=0"),
+        (
+            "NVCC_APPEND_FLAGS",
+            "--fmad=true -prec-div=false -prec-sqrt=false -ftz=true",
+            "-ftz=1 -prec_div=0 -prec_sqrt=0 -fmad=1",
+        ),
         ("NVCC_APPEND_FLAGS", "-Xcompiler -freciprocal-math", "-freciprocal-math"),
     ],
 )
-def test_what_nvcc_would_do_otherwise_is_refused(copy, pip_wheel, variable, flags, told):
+def test_what_nvcc_would_do_otherwise_is_refused(copy, build_wheel, variable, flags, told):
     changes = {"LOOKAHEAD_FUSED_CUDA": "1", "LOOKAHEAD_FUSED_CPU": "0", variable: flags}
-    result = pip_wheel(copy, **changes)
+    result = build_wheel(copy, **changes)
     assert result.returncode != 0
     output = re.sub(r"[\s;]+", " ", result.output)
     assert "CUDAFLAGS, CUDAHOSTCXX, NVCC_PREPEND_FLAGS, NVCC_APPEND_FLAGS or" in output

@@ -1,4 +1,4 @@
-"""How `_cuda` is found, refused and built by pip."""
+"""How `_cuda` is found, refused and built."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def answer_as_nvcc(program: Path, version: str) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("switch", ["FORCE_CUDA", "LOOKAHEAD_FUSED_CUDA"])
-def test_asking_for_cuda_makes_a_missing_nvcc_an_error(copy, pip_wheel, switch):
+def test_asking_for_cuda_makes_a_missing_nvcc_an_error(copy, build_wheel, switch):
     changes = {"LOOKAHEAD_FUSED_CUDA": "", switch: "1", "CUDA_HOME": "/nonexistent"}
-    result = pip_wheel(copy, **changes)
+    result = build_wheel(copy, **changes)
     assert result.returncode != 0
     expected = "LOOKAHEAD_FUSED_CUDA=1 asks for lookahead_fused._cuda, but CUDA_HOME names '/nonexistent'"
     assert expected in re.sub(r"\s+", " ", result.output)
@@ -51,7 +51,7 @@ def test_asking_for_cuda_makes_a_missing_nvcc_an_error(copy, pip_wheel, switch):
         ("echo libcudart.so is gone >&2; exit 127", "{nvcc} does not tell its version: libcudart.so is gone"),
     ],
 )
-def test_without_an_nvcc_that_serves_the_reason_is_recorded(copy, pip_wheel, nvcc, version, reason):
+def test_without_an_nvcc_that_serves_the_reason_is_recorded(copy, build_wheel, nvcc, version, reason):
     """And the package installs; asked for, the module is an error. The first is found by CUDA_HOME, the others on
     PATH."""
     if version is None:
@@ -59,12 +59,12 @@ def test_without_an_nvcc_that_serves_the_reason_is_recorded(copy, pip_wheel, nvc
     else:
         answer_as_nvcc(nvcc, version)
         found = {"PATH": os.pathsep.join([str(nvcc.parent), os.environ["PATH"]])}
-    result = pip_wheel(copy, LOOKAHEAD_FUSED_CUDA="", LOOKAHEAD_FUSED_CPU="0", **found)
+    result = build_wheel(copy, LOOKAHEAD_FUSED_CUDA="", LOOKAHEAD_FUSED_CPU="0", **found)
     assert result.returncode == 0, result.output
     record = result.build_info()["modules"]["_cuda"]
     assert record["built"] is False
     assert record["reason"].startswith(reason.format(nvcc=nvcc))
-    asked_for = pip_wheel(copy, LOOKAHEAD_FUSED_CUDA="", FORCE_CUDA="1", **found)
+    asked_for = build_wheel(copy, LOOKAHEAD_FUSED_CUDA="", FORCE_CUDA="1", **found)
     assert asked_for.returncode != 0
     expected = f"asks for lookahead_fused._cuda, but {record['reason']}"
     assert expected in re.sub(r"\s+", " ", asked_for.output)
@@ -79,15 +79,15 @@ def test_without_an_nvcc_that_serves_the_reason_is_recorded(copy, pip_wheel, nvc
         ("9.0", "builds for 7.5 8.0 12.0"),
     ],
 )
-def test_architectures_that_cannot_be_built_are_refused(copy, pip_wheel, nvcc, architectures, message):
+def test_architectures_that_cannot_be_built_are_refused(copy, build_wheel, nvcc, architectures, message):
     home = str(nvcc.parents[1])
-    result = pip_wheel(copy, LOOKAHEAD_FUSED_CUDA="1", CUDA_HOME=home, TORCH_CUDA_ARCH_LIST=architectures)
+    result = build_wheel(copy, LOOKAHEAD_FUSED_CUDA="1", CUDA_HOME=home, TORCH_CUDA_ARCH_LIST=architectures)
     assert result.returncode != 0
     assert message in re.sub(r"\s+", " ", result.output)
 
 
 @needs_compiler
-def test_nvcc_is_found_in_nvidias_packages(copy, pip_wheel, toolchain, nvcc):
+def test_nvcc_is_found_in_nvidias_packages(copy, build_wheel, toolchain, nvcc):
     """nvidia-cuda-nvcc and nvidia-cuda-runtime install into one directory; without the header it is no toolkit."""
     where = run([toolchain, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]).stdout.strip()
     root = Path(where, "nvidia/cu13")
@@ -95,10 +95,10 @@ def test_nvcc_is_found_in_nvidias_packages(copy, pip_wheel, toolchain, nvcc):
     changes = {"LOOKAHEAD_FUSED_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0", "PATH": path}
     try:
         shutil.copytree(nvcc.parent, root / "bin")
-        without_header = pip_wheel(copy, **changes)
+        without_header = build_wheel(copy, **changes)
         (root / "include").mkdir()
         (root / "include/cuda_runtime.h").touch()
-        found = pip_wheel(copy, **changes)
+        found = build_wheel(copy, **changes)
     finally:
         shutil.rmtree(root.parent)
     expected = "no nvcc was found (looked at CUDA_HOME, PATH and the packages nvidia-cuda-nvcc and nvidia-cuda-runtime)"
@@ -108,8 +108,8 @@ def test_nvcc_is_found_in_nvidias_packages(copy, pip_wheel, toolchain, nvcc):
 
 
 @needs_compiler
-def test_local_version(copy, pip_wheel):
-    result = pip_wheel(copy, LOOKAHEAD_FUSED_LOCAL_VERSION="cu130")
+def test_local_version(copy, build_wheel):
+    result = build_wheel(copy, LOOKAHEAD_FUSED_LOCAL_VERSION="cu130")
     assert result.returncode == 0, result.output
     assert "+cu130-" in result.wheel.name
     assert result.build_info()["version"].endswith("+cu130")

@@ -45,16 +45,16 @@ def test_a_module_is_hardened_and_shows_its_initialization_alone(module):
     assert "__stack_chk_fail" in run(["nm", "--dynamic", "--undefined-only", path]).stdout
 
 
-def test_a_source_is_compiled_with_checks_and_a_walk_without(unpacked, built):
+def test_a_source_is_compiled_with_checks_and_a_walk_without(objects, built):
     """A check at each return from a chunk is time that a step does not have."""
     flags = built.build_info()["modules"]["_cpu"]["flags"]
     assert "-D_FORTIFY_SOURCE=2" in flags
-    walks = list(unpacked.glob("build/cmake-*/**/walk_*.cpp.o"))
+    walks = [path for path in objects if path.name.startswith("walk_")]
     assert walks
     assert [path.name for path in walks if re.search(r"_chk\b|__stack_chk", run(["nm", path]).stdout)] == []
 
 
-def test_the_users_own_level_of_checks_is_kept(copy, pip_wheel):
-    result = pip_wheel(copy, CXXFLAGS="-O2 -Werror -D_FORTIFY_SOURCE=3")
+def test_the_users_own_level_of_checks_is_kept(copy, build_wheel):
+    result = build_wheel(copy, CXXFLAGS="-O2 -Werror -D_FORTIFY_SOURCE=3")
     assert result.returncode == 0, result.output
     assert "-D_FORTIFY_SOURCE=2" not in result.build_info()["modules"]["_cpu"]["flags"]

@@ -80,12 +80,12 @@ def test_module_links_the_language_runtime_only_and_is_stripped(built, tmp_path)
 @needs_compiler
 @pytest.mark.skipif(not shutil.which("nm"), reason="reads object files with nm")
 @pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
-def test_instruction_set_files_emit_nothing_that_other_files_may_share(unpacked, built, instruction_set):
+def test_instruction_set_files_emit_nothing_that_other_files_may_share(objects, built, instruction_set):
     """The linker keeps one copy of a shared symbol, perhaps the one a smaller CPU cannot run."""
-    objects = list(unpacked.glob(f"build/cmake-*/**/walk_{instruction_set}.cpp.o"))
-    if not objects and "-mavx" not in built.build_info()["modules"]["_cpu"]["flags"]:
+    compiled = [path for path in objects if path.name == f"walk_{instruction_set}.cpp.o"]
+    if not compiled and "-mavx" not in built.build_info()["modules"]["_cpu"]["flags"]:
         pytest.skip("the compiler's target has no such instruction set")
-    (object_file,) = objects
+    (object_file,) = compiled
     lines = run(["nm", "--demangle", "--defined-only", object_file]).stdout.splitlines()
     symbols = [line.split(maxsplit=2)[1:] for line in lines]
     functions = [name for kind, name in symbols if kind in "TW"]
@@ -94,9 +94,9 @@ def test_instruction_set_files_emit_nothing_that_other_files_may_share(unpacked,
 
 
 @pytest.mark.parametrize("cxx", [None, "/nonexistent/c++"])
-def test_without_a_compiler_the_reference_backend_is_packed_and_the_reason_told(copy, pip_wheel, no_compiler, cxx):
+def test_without_a_compiler_the_reference_backend_is_packed_and_the_reason_told(copy, build_wheel, no_compiler, cxx):
     (copy / "lookahead_fused/_cpu.so").write_text("of an editable install")
-    result = pip_wheel(copy, **no_compiler, **({"CXX": cxx, "CC": cxx} if cxx else {}))
+    result = build_wheel(copy, **no_compiler, **({"CXX": cxx, "CC": cxx} if cxx else {}))
     assert result.returncode == 0, result.output
     assert native_modules(result.wheel) == []
     record = result.build_info()["modules"]["_cpu"]
@@ -106,27 +106,27 @@ def test_without_a_compiler_the_reference_backend_is_packed_and_the_reason_told(
 
 
 @needs_compiler
-def test_modules_of_an_earlier_build_are_not_packed_again(copy, pip_wheel, no_compiler):
+def test_modules_of_an_earlier_build_are_not_packed_again(copy, build_wheel, no_compiler):
     renamed = copy / "lookahead_fused/renamed_since.py"
     renamed.touch()
-    assert native_modules(pip_wheel(copy).wheel) != []
+    assert native_modules(build_wheel(copy).wheel) != []
     renamed.unlink()
-    result = pip_wheel(copy, **no_compiler)
+    result = build_wheel(copy, **no_compiler)
     assert native_modules(result.wheel) == []
     with zipfile.ZipFile(result.wheel) as archive:
         assert "lookahead_fused/renamed_since.py" not in archive.namelist()
     assert result.build_info()["modules"]["_cpu"]["built"] is False
 
 
-def test_asking_for_the_module_makes_a_missing_compiler_an_error(copy, pip_wheel, no_compiler):
-    result = pip_wheel(copy, **no_compiler, LOOKAHEAD_FUSED_CPU="1")
+def test_asking_for_the_module_makes_a_missing_compiler_an_error(copy, build_wheel, no_compiler):
+    result = build_wheel(copy, **no_compiler, LOOKAHEAD_FUSED_CPU="1")
     assert result.returncode != 0
     assert result.wheel is None
     assert "LOOKAHEAD_FUSED_CPU=1 asks for lookahead_fused._cpu, but no C++ compiler was found" in result.output
 
 
-def test_the_module_can_be_left_out(copy, pip_wheel):
-    result = pip_wheel(copy, LOOKAHEAD_FUSED_CPU="0")
+def test_the_module_can_be_left_out(copy, build_wheel):
+    result = build_wheel(copy, LOOKAHEAD_FUSED_CPU="0")
     assert result.returncode == 0, result.output
     assert native_modules(result.wheel) == []
     assert "LOOKAHEAD_FUSED_CPU=0" in result.build_info()["modules"]["_cpu"]["reason"]
@@ -134,20 +134,20 @@ def test_the_module_can_be_left_out(copy, pip_wheel):
 
 @needs_compiler
 @pytest.mark.parametrize("asked", [{}, {"LOOKAHEAD_FUSED_CPU": "1"}])
-def test_a_source_that_does_not_compile_fails_the_install(copy, pip_wheel, asked):
+def test_a_source_that_does_not_compile_fails_the_install(copy, build_wheel, asked):
     (copy / "csrc/python/cpu_module.cpp").write_text("this is not C++\n")
-    result = pip_wheel(copy, **asked, MAX_JOBS="1")
+    result = build_wheel(copy, **asked, MAX_JOBS="1")
     assert result.returncode != 0
     assert result.wheel is None
     assert re.search(r"cpu_module\.cpp.*error", result.output)
 
 
 @needs_compiler
-def test_a_compiler_that_fails_is_not_taken_for_a_missing_one(copy, pip_wheel, tmp_path):
+def test_a_compiler_that_fails_is_not_taken_for_a_missing_one(copy, build_wheel, tmp_path):
     compiler = tmp_path / "c++"
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exec echo "a compiler 1.0"\nexit 1\n')
     compiler.chmod(0o755)
-    result = pip_wheel(copy, CXX=str(compiler))
+    result = build_wheel(copy, CXX=str(compiler))
     assert result.returncode != 0
     assert result.wheel is None
 
@@ -160,8 +160,8 @@ def test_a_compiler_that_fails_is_not_taken_for_a_missing_one(copy, pip_wheel, t
         ("MAX_JOBS", "0", "MAX_JOBS must be a positive integer, got '0'"),
     ],
 )
-def test_settings_that_cannot_be_followed_are_refused(copy, pip_wheel, name, value, message):
-    result = pip_wheel(copy, **{name: value})
+def test_settings_that_cannot_be_followed_are_refused(copy, build_wheel, name, value, message):
+    result = build_wheel(copy, **{name: value})
     assert result.returncode != 0
     assert message in re.sub(r"\s+", " ", result.output)
 

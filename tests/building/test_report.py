@@ -54,7 +54,7 @@ def run(
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -103,7 +103,7 @@ def test_a_healthy_report_under_many_options(isolated: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
     for expected in (torch.__version__, "reference", "serves", "self-test", "OMP_NUM_THREADS  1\n"):
@@ -139,7 +139,7 @@ def test_a_missing_torch_is_told_in_isolated_mode(isolated: Path) -> None:
     (site,) = isolated.glob("lib/python*/site-packages")
     (site / "sitecustomize.py").write_text(f"import sys\n{missing('torch')}\n")
     command = [isolated / "bin/python", "-I", "-m", "lookahead_fused"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert result.returncode == 1, result.stderr
     assert "import of torch halted" in result.stdout
 
@@ -178,7 +178,7 @@ def test_who_reads_the_report_may_stop_early(tmp_path: Path) -> None:
     os.close(reading)
     command = [sys.executable, "-m", "lookahead_fused"]
     result = subprocess.run(
-        command, env=environment(failing("torch"), at=tmp_path), stdout=writing, stderr=subprocess.PIPE, timeout=120
+        command, env=environment(failing("torch"), at=tmp_path), stdout=writing, stderr=subprocess.PIPE, timeout=600
     )
     os.close(writing)
     assert result.returncode == 1
@@ -192,7 +192,7 @@ def test_a_report_that_cannot_be_written_says_why(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lookahead_fused"]
     with full.open("w") as output:
         result = subprocess.run(
-            command, env=environment(failing("torch"), at=tmp_path), stdout=output, stderr=subprocess.PIPE, timeout=120
+            command, env=environment(failing("torch"), at=tmp_path), stdout=output, stderr=subprocess.PIPE, timeout=600
         )
     assert result.returncode == 1
     assert result.stderr == b"lookahead_fused cannot print its report: [Errno 28] No space left on device\n"
@@ -201,7 +201,7 @@ def test_a_report_that_cannot_be_written_says_why(tmp_path: Path) -> None:
 def test_without_a_standard_output_nothing_breaks(tmp_path: Path) -> None:
     shell = ["sh", "-c", '"$0" -m lookahead_fused >&-', sys.executable]
     result = subprocess.run(
-        shell, env=environment(failing("torch"), at=tmp_path), capture_output=True, check=False, timeout=120
+        shell, env=environment(failing("torch"), at=tmp_path), capture_output=True, check=False, timeout=600
     )
     assert result.returncode == 1
     assert result.stderr == b""

@@ -39,13 +39,15 @@ def targets(*names: str) -> Any:
 RULES = ("adam", "sgd", "external")
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 PATTERNS = ((FP32, FP32), (BF16, FP32), (FP16, FP16), (FP64, FP64))
-# For two targets each of these is compiled with every pattern, and the further rules with some; for the others each of
-# both, and the largest rule in each width that it computes in.
-IN_FULL = ("sm_90", "gfx942")
-IN_PART = (("adam", 0), ("adam", 1), ("adam", 3), ("sgd", 0), ("sgd", 2), ("external", 3))
+# For one target each of these is compiled with every pattern, and the further rules and the policies that average,
+# which have a walk of their own, with some. Up to its last stages Triton makes the same of a kernel for every target:
+# of AMD's, one has every rule and every pattern; the others have every pattern, and the largest rule in each width that
+# it computes in.
+IN_FULL = "sm_90"
 FURTHER = (("rmsprop", 0), ("rmsprop", 3), ("radam", 1), ("lion", 2))
-# Policies that average have a walk of their own.
 AVERAGED = (("adam averaged", 0), ("adam averaged", 1), ("rmsprop averaged", 3), ("external averaged", 0))
+IN_PART = {"gfx942": (("adam", 0), ("adam", 1), ("adam", 3), ("sgd", 2), ("external", 3), *FURTHER, *AVERAGED)}
+LEAST = (("adam", 0), ("adam averaged", 1), ("adam", 3), ("sgd", 2))
 # Those that divide, and take a root.
 DIVIDES = ("adam", "rmsprop", "radam")
 # Which arrays a walk reads and writes, each in one place; but phi, which starts in one place and is synced in another.
@@ -136,7 +138,7 @@ def is_averaged(rule: str) -> bool:
 
 def walks(target: str) -> Iterator[tuple[str, str, torch.dtype, torch.dtype, Any]]:
     in_full = (*itertools.product(RULES, range(len(PATTERNS))), *FURTHER, *AVERAGED)
-    for rule, i in in_full if target in IN_FULL else (*IN_PART, AVERAGED[1], AVERAGED[2]):
+    for rule, i in in_full if target == IN_FULL else IN_PART.get(target, LEAST):
         pattern = PATTERNS[i]
         yield f"{rule} of {pattern[0]} on {target}", rule, *pattern, compiled(target, "chunks", rule, *pattern)
 

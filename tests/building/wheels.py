@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import zipfile
@@ -21,6 +22,9 @@ READ_BY_THE_BUILD = (
     *("LOOKAHEAD_FUSED_LOCAL_VERSION", "LOOKAHEAD_FUSED_PYTHONS"),
 )
 
+# Seconds after which a command is taken for hung: many times what a build takes, also where its cores are shared.
+HUNG = 3600
+
 SMALL_MODULE = """
 #include <Python.h>
 static PyModuleDef definition{PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
@@ -31,7 +35,7 @@ needs_compiler = pytest.mark.skipif(not COMPILERS, reason="builds the module, an
 
 
 class Result(NamedTuple):
-    """A finished pip command: what it printed, and the wheel if it made one."""
+    """A finished build: what it printed, and the wheel if it made one."""
 
     returncode: int
     output: str
@@ -48,6 +52,14 @@ def environment(**changes: str) -> dict[str, str]:
     return env | {"LOOKAHEAD_FUSED_CUDA": "0"} | changes
 
 
+def keep_rules(source: Path, *rules: str) -> None:
+    """Leaves these in a tree's list of rules: each takes a compiler seconds, and no test of a wheel asks for it."""
+    path = source / "csrc/rules/all.h"
+    text, count = re.subn(r"using Rules = List<[^>]+>;", f"using Rules = List<{', '.join(rules)}>;", path.read_text())
+    assert count == 1
+    path.write_text(text)
+
+
 def run(command: list, **options) -> subprocess.CompletedProcess[str]:
     command = [str(word) for word in command]
     return subprocess.run(
@@ -55,7 +67,7 @@ def run(command: list, **options) -> subprocess.CompletedProcess[str]:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=300,
+        timeout=HUNG,
         check=False,
         **options,
     )
@@ -67,7 +79,9 @@ def native_modules(wheel: Path) -> list[str]:
 
 
 def wheel_of(source: Path, command: list, **changes: str) -> Result:
+    """Has a command, run in a source tree, make its wheel in the directory that it is told last."""
     dist = source.parent / f"{source.name}-dist"
     shutil.rmtree(dist, ignore_errors=True)
-    done = run([*command, "--no-deps", "--wheel-dir", dist, source], env=environment(**changes))
+    dist.mkdir()
+    done = run([*command, dist], cwd=source, env=environment(**changes))
     return Result(done.returncode, done.stdout, next(dist.glob("*.whl"), None))

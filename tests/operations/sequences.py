@@ -27,7 +27,7 @@ from .steps import draw_group
 from .worlds import ORACLE, RULES, Group, Setup, World, has_bits
 
 # A sequence that takes longer hangs.
-LONGEST = 120
+LONGEST = 600
 # Seconds that a failing sequence is shrunk for.
 SHRINKING = 60
 
