@@ -9,6 +9,7 @@ import multiprocessing.connection
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -54,6 +55,14 @@ def python(script: str, prelude: str = "", **environment: str) -> Any:
     return json.loads(done.stdout)
 
 
+def in_fork(script: str, prelude: str = "") -> Any:
+    """As `python`, in a fork of a process that has torch imported, which takes longer than most scripts. For what may
+    die of what it does, and does not ask how its process came to be."""
+    with tempfile.TemporaryDirectory() as place:
+        _finish([_start(prelude + textwrap.dedent(script), [], place, "only")], place)
+        return json.loads(Path(place, "only.out").read_text())
+
+
 @contextmanager
 def serving(name: str) -> Iterator[None]:
     """In such a process: a backend is one, also where it stands in for a device."""
@@ -97,43 +106,50 @@ def two_ranks(script: str, place: Path) -> None:
 
 
 def on_ranks(size: int, script: str, place: Path) -> None:
-    """Runs a script on some ranks of this machine, without a network; fails with what they printed.
+    """Runs a script on some ranks of this machine, without a network, each in a fork as of `in_fork`; fails with what
+    they printed."""
+    text, where = _BEGIN + script + _END, str(place)
+    ranks = [_start(text, [str(rank), str(size), where], where, str(rank)) for rank in range(size)]
+    _finish(ranks, where)
 
-    A rank is forked from a process that has torch imported and has done nothing with it: to import it takes longer than
-    most scripts.
-    """
-    text = _BEGIN + script + _END
-    ranks = [_ranks().Process(target=_run, args=(text, rank, size, str(place)), daemon=True) for rank in range(size)]
-    for process in ranks:
-        process.start()
-    running, deadline = {process.sentinel: process for process in ranks}, time.monotonic() + PATIENCE
+
+def _start(script: str, arguments: list[str], place: str, name: str) -> Any:
+    process = _forks().Process(target=_run, args=(script, arguments, place, name), daemon=True)
+    process.start()
+    return process
+
+
+def _finish(processes: list[Any], place: str) -> None:
+    running, deadline = {process.sentinel: process for process in processes}, time.monotonic() + PATIENCE
     while running and time.monotonic() < deadline:
         for ended in multiprocessing.connection.wait(list(running), deadline - time.monotonic()):
             if running.pop(ended).exitcode != 0:
                 deadline = min(deadline, time.monotonic() + LAST_WORDS)
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
+    codes = [process.exitcode for process in processes]
+    for process in processes:
         process.kill()
         process.join()
-    told = "\n".join(file.read_text() for file in sorted(place.glob("output*")))
-    assert codes == [0] * size, f"exit statuses {codes}, None where the time was over\n{told}"
+    told = "\n".join(file.read_text() for kind in ("out", "err") for file in sorted(Path(place).glob(f"*.{kind}")))
+    assert codes == [0] * len(codes), f"exit statuses {codes}, None where the time was over\n{told}"
 
 
 @functools.cache
-def _ranks() -> Any:
+def _forks() -> Any:
+    """What starts processes by forking one that has imported `forked`."""
+    from multiprocessing import forkserver
+
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint", "lookahead_fused"]
-    )
+    context.set_forkserver_preload(["forked"])
+    with mock.patch.dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{TESTS}"):
+        forkserver.ensure_running()
     return context
 
 
-def _run(script: str, rank: int, size: int, place: str) -> None:
-    """What a forked process does: a program of its own, which prints into a file."""
+def _run(script: str, arguments: list[str], place: str, name: str) -> None:
+    """What a forked process does: a program of its own, which prints into files."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    sys.path[:0] = [path for path in (ROOT, TESTS) if path not in sys.path]
-    sys.argv = ["-c", str(rank), str(size), place]
-    with open(os.path.join(place, f"output{rank}"), "w") as output:
-        for stream in (1, 2):
-            os.dup2(output.fileno(), stream)
+    sys.argv = ["-c", *arguments]
+    with open(os.path.join(place, f"{name}.out"), "w") as out, open(os.path.join(place, f"{name}.err"), "w") as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
         exec(compile(script, "<string>", "exec"), {"__name__": "__main__"})

@@ -22,8 +22,8 @@ MAKERS = {
     "wrapped-adamw": lambda ps, b: Lookahead(torch.optim.AdamW(ps, lr=0.1), k=2, backend=b),
     "wrapped-adamax": lambda ps, b: Lookahead(torch.optim.Adamax(ps, lr=0.1), k=2, backend=b),
 }
-BACKENDS = ("auto", "reference")
-CASES = [(name, backend) for name in MAKERS for backend in BACKENDS]
+# What is made of a DTensor is the same for every rule: one of a fused step and one of torch's tell the backends apart.
+CASES = [*((name, "auto") for name in MAKERS), ("adamw", "reference"), ("wrapped-adamax", "reference")]
 mesh = init_device_mesh("cpu", (2,))
 SHAPE = (5, 3)  # does not divide by two
 value = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
@@ -92,7 +92,7 @@ def of(step, placement):
 for name, backend in CASES:
     for own in (Shard(0), Shard(1), Replicate()):
         for other in (Shard(0), Shard(1), Replicate(), Partial()):
-            run(name, backend, distributed(value, own), lambda step: of(step, other), (name, backend, own, other))
+            run(name, backend, distributed(value, own), lambda step: of(step, other), (name, backend, own, other), 3)
         # From step to step another, tables being made for one that fits.
         turns = (own, Partial(), own, Replicate(), Shard(0))
         run(name, backend, distributed(value, own), lambda step: of(step, turns[step]), (name, backend, own, "in turn"))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import BackendCase, assert_unchanged, make_optimizer, make_params, snapshot, tune
-from processes import needs_cpu_backend, python, serving
+from processes import in_fork, needs_cpu_backend, needs_fork, serving
 from runs import advance, gradients_of
 from torch import Tensor
 
@@ -28,9 +28,10 @@ THEIRS = ("step", "square_avg")
 PARAMETER, GRADIENT, LR = "parameter 1 of group 0", "the gradient of parameter 1 of group 0", "lr"
 
 
+@needs_fork
 def test_memory_that_is_lost_is_refused(backend: BackendCase) -> None:
-    script = f"import test_memory_lost\ntest_memory_lost.report({backend!r})"
-    assert python(script, "from helpers import BackendCase\n") == []
+    script = f"import test_memory_lost\nfrom helpers import BackendCase\ntest_memory_lost.report({backend!r})"
+    assert in_fork(script) == []
 
 
 @needs_cpu_backend

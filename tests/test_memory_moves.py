@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers import BackendCase, assert_unchanged, make_optimizer, make_params, snapshot
-from processes import needs_cpu_backend, needs_proc, python
+from processes import in_fork, needs_cpu_backend, needs_fork, needs_proc
 from runs import advance, gradients_of
 from stand_ins import STAND_INS
 from torch import Tensor
@@ -29,7 +29,7 @@ RULES: dict[str, dict[str, Any]] = {
     "wrapped-adamw": {"weight_decay": 0.1},
     "wrapped-external": {"momentum": 0.9, "pullback_momentum": "pullback"},
 }
-IMPORTS = "from helpers import BackendCase\n"
+IMPORTS = "import test_memory_moves as t\nfrom helpers import BackendCase\n"
 GUARD = 85
 OCCUPANTS: list[Tensor] = []
 
@@ -86,14 +86,16 @@ WHAT: dict[str, Callable[..., list[Any]]] = {
 }
 
 
+@needs_fork
 def test_a_step_follows(backend: BackendCase) -> None:
     """Each kind of memory, moved in each way by each handle: the run in which nothing moves, to the bit."""
-    assert python(f"import test_memory_moves as t; t.report(t.run, {backend!r})", IMPORTS) == []
+    assert in_fork(f"{IMPORTS}t.report(t.run, {backend!r})") == []
 
 
+@needs_fork
 def test_slow_weights_follow(backend: BackendCase) -> None:
     """What trades places in slow_weights() trades them back, wherever it lies by now."""
-    assert python(f"import test_memory_moves as t; t.report(t.run_block, {backend!r})", IMPORTS) == []
+    assert in_fork(f"{IMPORTS}t.report(t.run_block, {backend!r})") == []
 
 
 def report(run: Callable[..., Any], backend: BackendCase) -> None:
@@ -148,13 +150,15 @@ def begun(backend: BackendCase, rule: str, steps: int, lr: Any) -> tuple[list[An
 # ------------------------------------------------------------------------------------------------------------
 # pages
 
-# Allocations of this size are mapped one by one, and unmapped as soon as they are freed.
-MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 SCRIPT = """
-import gc, json, os
+import ctypes, gc, json, os
 import torch
 import torch.multiprocessing as mp
 from lookahead_fused import Lookahead, LookaheadAdamW
+
+M_MMAP_THRESHOLD = -3
+# Allocations of this size are mapped one by one, and unmapped as soon as they are freed.
+ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
 class UnfusedRMSprop(torch.optim.RMSprop):
     pass
@@ -179,6 +183,7 @@ def large():
 
 
 @needs_cpu_backend
+@needs_fork
 def test_memory_that_is_gone_is_not_touched() -> None:
     """The pages are not there any more: who still reads or writes them dies of it."""
     script = """
@@ -222,7 +227,7 @@ def test_memory_that_is_gone_is_not_touched() -> None:
     assert all((occupant == 0).all() for occupant in occupants)
     print(json.dumps(stayed))
     """
-    assert python(script, SCRIPT, **MAPPED) == []
+    assert in_fork(script, SCRIPT) == []
 
 
 @needs_cpu_backend
@@ -269,4 +274,4 @@ def test_what_is_moved_away_is_free(name: str) -> None:
                 kept.append([type(optimizer).__name__, str(way), freed, needed])
     print(json.dumps(kept))
     """
-    assert python(script, SCRIPT, **MAPPED) == []
+    assert in_fork(script, SCRIPT) == []

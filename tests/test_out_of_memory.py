@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers import BackendCase, assert_unchanged, make_optimizer, make_params, set_grad, snapshot
-from processes import needs_cpu_backend, python
+from processes import in_fork, needs_cpu_backend
 from runs import advance, gradients_of
 
 from lookahead_fused import Lookahead
@@ -107,12 +107,15 @@ def test_a_first_step(backend: BackendCase, rule: str, loaded: bool) -> None:
 
 
 SCRIPT = """
-import contextlib, json, resource, sys
+import contextlib, ctypes, json, resource, sys
 import torch
 import lookahead_fused
 from lookahead_fused import Lookahead, LookaheadAdamW
 
 torch.set_num_threads(1)
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
+ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 COUNT = 4 << 20
 
 def make(kind, dtype):
@@ -179,5 +182,5 @@ def test_slow_weights(dtype: str) -> None:
         found.append(entered)
     print(json.dumps(found))
     """
-    found = python(script, SCRIPT, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")
+    found = in_fork(script, SCRIPT)
     assert found == [dtype == "float32"] * 4

@@ -314,6 +314,7 @@ def step_in_a_circle(backend: BackendCase, rule: str, by: str) -> list[weakref.r
     return [weakref.ref(thing) for thing in (optimizer, *params, *state)]
 
 
+@pytest.mark.usefixtures("little_to_look_through")
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("by", ["hook", "attribute", "step in the backward pass"])
 def test_circles_are_collected(backend: BackendCase, rule: str, by: str) -> None:
@@ -340,6 +341,7 @@ def test_gradients_are_let_go(backend: BackendCase, rule: str) -> None:
         gc.enable()
 
 
+@pytest.mark.usefixtures("little_to_look_through")
 @pytest.mark.parametrize("rule", RULES)
 def test_replaced_parameters_are_let_go(backend: BackendCase, rule: str) -> None:
     """Parameters and state that were replaced are not held by what a step remembers."""

@@ -503,7 +503,9 @@ def by_hand(make, dtype, steps, skipped=()):
 
 RUNS = """
 _workers.BUCKET_BYTES = 4096
-for name, (dtype, make) in CASES.items():
+# Of more than two: a mean, one of 16 bits, and a step that one of them skips.
+for name in CASES if size == 2 else ("adamw", "bf16-master", "unfused-amp"):
+    dtype, make = CASES[name]
     params = make_params(dtype)
     optimizer = make(params, k=K, process_group=WORLD)
     amp = getattr(optimizer, "_step_supports_amp_scaling", False)

@@ -85,6 +85,7 @@ def kernels() -> ModuleType:
         for name, constants in told.items():
             functions = {field: f for field, f in constants._asdict().items() if hasattr(f, "__name__")}
             told[name] = constants._replace(**{field: getattr(room, f.__name__) for field, f in functions.items()})
+    module.range = replay.counted
     # Nothing but a GPU runs assembly.
     rules.is_in_assembly = lambda: False
     # Triton's own library was imported to be compiled; of its functions this is the only one that is called.
@@ -102,14 +103,14 @@ def _correct(builder: Any) -> None:
     cast, splat = builder.cast_impl, builder.create_splat
 
     def cast_impl(value: Any, dtype: Any) -> Any:
-        made = cast(value, dtype)
         types = value.dtype.scalar, dtype.scalar
         if types == (tl.float32, tl.bfloat16):
             rounded = torch.from_numpy(value.data).to(torch.bfloat16).view(torch.int16).numpy()
-            made.data = rounded.view(made.data.dtype)
+            return TensorHandle(rounded.view("uint16"), tl.bfloat16)
         if types == (tl.bfloat16, tl.float32):
-            made.data = torch.from_numpy(value.data.view("int16")).view(torch.bfloat16).float().numpy()
-        return made
+            widened = torch.from_numpy(value.data.view("int16")).view(torch.bfloat16).float().numpy()
+            return TensorHandle(widened, tl.float32)
+        return cast(value, dtype)
 
     def create_splat(dtype: Any, value: Any) -> Any:
         made = splat(dtype, value)

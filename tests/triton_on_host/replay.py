@@ -2,30 +2,46 @@
 
 Nearly all of the interpreter's time goes into Triton's language: types, broadcasts, literals, the same for all programs
 that take one way through a kernel. So the first program of a way is interpreted, and what it asked of the interpreter's
-builder, which computes, is written down; the others ask the builder alone for the same. A way is left where Python read
-a number (in an `if`, or for the bounds of a loop) and found another one: from there the program is interpreted on, what
-was done before it standing as it is.
+builder, which computes, is written down; the others do the same once more, by what `computations.py` makes of it. A way
+is left where Python read a number (in an `if`, or for another round of a loop) and found another one: from there the
+program is interpreted on, what was done before it standing as it is.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+import torch
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle, interpreter_builder, interpreter_semantic
 
+from .computations import Call, Form, computation
+
 
 class Way:
-    """What programs have in common up to a number that Python reads, and by that number, how they go on."""
+    """What programs have in common up to a number that Python reads, and by that number, how they go on.
 
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, list[tuple[bool, Any]]]] = []
+    `forms`: of all that has been made by its end; its own calls made the last of them.
+    """
+
+    def __init__(self, forms: list[Form | None]) -> None:
+        self.forms, self.calls = list(forms), list[Call]()
         self.reads: int | None = None
         self.then: dict[bytes, Way] = {}
         self.ends = False
+
+    @functools.cached_property
+    def again(self) -> Callable[[list[Any]], None]:
+        return computation(self.calls, self.forms)
+
+    def on(self, value: bytes) -> Way:
+        if value not in self.then:
+            self.then[value] = Way(self.forms)
+        return self.then[value]
 
 
 class Kernel:
@@ -44,27 +60,45 @@ class Kernel:
         """Nothing is compiled."""
 
     def launch(self, grid: tuple[int], *given: Any, **options: Any) -> None:
-        arguments = [
-            argument if constant else interpreter._implicit_cvt(argument)
-            for argument, constant in zip(given, self.is_constant, strict=True)
+        constants = [x for x, constant in zip(given, self.is_constant, strict=True) if constant]
+        variables = [x for x, constant in zip(given, self.is_constant, strict=True) if not constant]
+        forms = [form_of(x) for x in variables]
+        # By what they print: Triton's constants have had no hash, and its types have none.
+        key = *map(str, constants), *(str(form.dtype) for form in forms)
+        if key not in self.ways:
+            self.ways[key] = Way(forms)
+        inputs = [
+            np.array([x.data_ptr() if isinstance(x, torch.Tensor) else x], form.data)
+            for x, form in zip(variables, forms, strict=True)
         ]
-        # By what they print: Triton's constants have had no hash.
-        constants = zip(arguments, self.is_constant, strict=True)
-        start = self.ways.setdefault(tuple(str(a if constant else a.type) for a, constant in constants), Way())
-        handles = [argument.handle for argument in arguments if hasattr(argument, "handle")]
         interpreter_builder.set_grid_dim(*grid, 1, 1)
         for program in range(*grid):
             interpreter_builder.set_grid_idx(program, 0, 0)
-            way, made, read = start, list(handles), 0
+            way, made, read = self.ways[key], list(inputs), 0
             while True:
-                for name, pattern in way.calls:
-                    made.append(getattr(interpreter_builder, name)(*[made[x] if kept else x for kept, x in pattern]))
+                if way.calls:
+                    way.again(made)
                 if way.reads is None:
                     break
-                value = made[way.reads].data.tobytes()
-                way, read = way.then.setdefault(value, Way()), read + 1
+                way, read = way.on(made[way.reads].tobytes()), read + 1
             if not way.ends:
-                Interpreted(self.function, way, made, len(handles), read).run(arguments)
+                arguments = [
+                    x if constant else interpreter._implicit_cvt(x)
+                    for x, constant in zip(given, self.is_constant, strict=True)
+                ]
+                Interpreted(self.function, way, arguments, made, read).run()
+
+
+FORMS: dict[Any, Form] = {}
+
+
+def form_of(argument: Any) -> Form:
+    """Of the handle that the interpreter makes of a number or of a tensor, which is as long in the making as a launch;
+    of tensors of one dtype it is one."""
+    told = argument.dtype if isinstance(argument, torch.Tensor) else argument
+    if told not in FORMS:
+        FORMS[told] = Form.of(interpreter._implicit_cvt(argument).handle)
+    return FORMS[told]
 
 
 class Interpreted:
@@ -73,17 +107,23 @@ class Interpreted:
     # The one whose numbers are watched: not while the builder computes.
     watching: Interpreted | None = None
 
-    def __init__(self, function: Any, way: Way, made: list[TensorHandle | None], inputs: int, read: int) -> None:
-        self.function, self.way, self.made, self.done, self.read = function, way, made, len(made), read
-        self.place = {id(handle): i for i, handle in enumerate(made[:inputs])}
-        self.next = inputs
+    def __init__(self, function: Any, way: Way, arguments: list[Any], made: list[Any], read: int) -> None:
+        self.function, self.way, self.arguments, self.read = function, way, arguments, read
+        inputs = [argument.handle for argument in arguments if hasattr(argument, "handle")]
+        self.made: list[TensorHandle | None] = list(inputs)
+        for data, form in zip(made[len(inputs) :], way.forms[len(inputs) :], strict=True):
+            self.made.append(None if form is None else TensorHandle(data, form.dtype))
+        self.done, self.next = len(made), len(inputs)
+        self.place = {id(handle): i for i, handle in enumerate(inputs)}
         self.known: set[int] = set()
 
-    def run(self, arguments: list[Any]) -> None:
+    def run(self) -> None:
+        # More calls come to it, where an error cut off the program before.
+        vars(self.way).pop("again", None)
         language = interpreter._patch_lang(self.function)
         interpreter_semantic.builder, Interpreted.watching, TensorHandle.data = self, self, _data
         try:
-            self.function(*arguments)
+            self.function(*self.arguments)
         finally:
             interpreter_semantic.builder, Interpreted.watching = interpreter_builder, None
             del TensorHandle.data
@@ -99,11 +139,13 @@ class Interpreted:
         if name != "create_get_program_id" and not any(kept for kept, _ in pattern):
             return self._compute(member, given)
         if self.next == self.done:
-            self.made.append(self._compute(member, given))
+            made = self._compute(member, given)
+            assert made is None or isinstance(made, TensorHandle), f"{name} cannot be asked for again"
+            self.made.append(made)
             self.way.calls.append((name, pattern))
+            self.way.forms.append(None if made is None else Form.of(made))
             self.done += 1
         result = self.made[self.next]
-        assert result is None or isinstance(result, TensorHandle), f"{name} cannot be asked for again"
         if result is not None:
             self.place[id(result)] = self.next
         self.next += 1
@@ -125,7 +167,7 @@ class Interpreted:
             self.read -= 1
             return
         self.way.reads = place
-        self.way = self.way.then.setdefault(handle.__dict__["data"].tobytes(), Way())
+        self.way = self.way.on(handle.__dict__["data"].tobytes())
 
 
 # While a program is interpreted: a handle's own array stands in its dictionary, behind this.
@@ -136,6 +178,15 @@ def _read(handle: TensorHandle) -> Any:
     if Interpreted.watching is not None:
         Interpreted.watching.was_read(handle)
     return handle.__dict__["data"]
+
+
+def counted(begin: Any, end: Any, step: Any) -> Iterator[Any]:
+    """In a kernel, what `range` is to the compiler. Python's own would read where it begins and ends, so that programs
+    over other numbers of elements took other ways; this asks before each round whether there is one."""
+    step = getattr(step, "value", step)
+    while begin < end:
+        yield begin
+        begin = begin + step
 
 
 def by_name(look_up: Callable[[Any], Any]) -> Callable[[Any], Any]:
