@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _policies as policies
+from ._norm import GlobalNorm, documents_norm
 from ._swap import Swap
 from ._wrapper import Wrapper
 
@@ -72,7 +73,7 @@ def _shared(state: str) -> Callable[[type[Averaged]], type[Any]]:
     def documented(cls: type[Averaged]) -> type[Any]:
         shared = _SHARED.strip("\n").format(prefix=cls.policy.prefix, state=state)
         cls.__doc__ = (cls.__doc__ or "").replace("    {shared}", shared)
-        return cls
+        return documents_norm(cls)
 
     return documented
 
@@ -94,6 +95,7 @@ class GPA(Averaged):
             without, since x follows from y and 16 bits are too few for that. Not around an optimizer whose step is its
             own.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
+        {norm}
 
     Raises:
         TypeError: `base_optimizer` is not a torch.optim.Optimizer, has slow weights of its own, or keeps its state
@@ -117,9 +119,12 @@ class GPA(Averaged):
         *,
         master_weights: bool = False,
         backend: str = "auto",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         super().__init__(
             base_optimizer,
+            GlobalNorm(max_grad_norm, skip_nonfinite),
             train_interp=train_interp,
             eval_interp=eval_interp,
             master_weights=master_weights,
@@ -147,6 +152,7 @@ class ScheduleFree(Averaged):
             without, since x follows from y and 16 bits are too few for that. Not around an optimizer whose step is its
             own.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
+        {norm}
 
     Raises:
         TypeError: `base_optimizer` is not a torch.optim.Optimizer, has slow weights of its own, or keeps its state
@@ -171,9 +177,12 @@ class ScheduleFree(Averaged):
         weight_lr_power: int = 2,
         master_weights: bool = False,
         backend: str = "auto",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         super().__init__(
             base_optimizer,
+            GlobalNorm(max_grad_norm, skip_nonfinite),
             interp=interp,
             r=r,
             weight_lr_power=weight_lr_power,

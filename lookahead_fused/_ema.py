@@ -7,9 +7,11 @@ from typing import Literal
 import torch
 
 from . import _policies as policies
+from ._norm import GlobalNorm, documents_norm
 from ._wrapper import Wrapper
 
 
+@documents_norm
 class EMA(Wrapper):
     """An average of the weights around another optimizer: a <- a + (1 - d) (theta - a).
 
@@ -38,6 +40,7 @@ class EMA(Wrapper):
         master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate. Not around an
             optimizer whose step is its own.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
+        {norm}
 
     Raises:
         TypeError: `base_optimizer` is not a torch.optim.Optimizer, has slow weights of its own, or keeps its state
@@ -63,9 +66,12 @@ class EMA(Wrapper):
         warmup: bool = False,
         master_weights: bool = False,
         backend: str = "auto",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         super().__init__(
             base_optimizer,
+            GlobalNorm(max_grad_norm, skip_nonfinite),
             decay=decay,
             every=every,
             start=start,

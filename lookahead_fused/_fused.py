@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from . import _checkpoint as checkpoint
 from . import _rules as rules
 from ._hooked import Hooked
+from ._norm import GlobalNorm, documents_norm
 from ._policies import Lookahead
 from ._slow_weights import Interpolating
 from ._table import Table
@@ -42,19 +43,20 @@ _LOOKAHEAD_ARGUMENTS = """
         outer_nesterov: False leaves Nesterov's form: phi <- phi - alpha b.
         master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
+        {norm}
         process_group: A torch.distributed group of workers that train apart and meet at the syncs (local SGD; SlowMo,
             arXiv 1910.00643; DiLoCo with outer momentum): the mean of theta over them takes theta's place before a
             sync, which sends 1/k of the bytes of data-parallel training. It is a mean of the weights as they are kept
             (the master where there is one), made in the compute dtype and rounded to theirs. All workers start from the
             same weights and step the same parameters, which are no DTensors; each has its own moments and `step`, in a
-            checkpoint of its own. `found_inf` is agreed on; with fused=False each worker's scaler skips alone. A sync
-            takes one more copy of the weights in the compute dtype, a step waits for the device to tell `step`, and
-            none can be captured in a CUDA graph. It is the whole optimizer's, not a group's, and neither a state dict
-            nor a copy nor a pickle has it. A worker that does not come to a sync is an error of torch.distributed's,
-            after which nothing has changed; where one is lost amid the mean, the inner step stays, and `sync()` makes
-            up for its sync.
+            checkpoint of its own. `found_inf` and what `skip_nonfinite` skips is agreed on; with fused=False each
+            worker's scaler skips alone. A sync takes one more copy of the weights in the compute dtype, a step waits
+            for the device to tell `step`, and none can be captured in a CUDA graph. It is the whole optimizer's, not a
+            group's, and neither a state dict nor a copy nor a pickle has it. A worker that does not come to a sync is
+            an error of torch.distributed's, after which nothing has changed; where one is lost amid the mean, the inner
+            step stays, and `sync()` makes up for its sync.
 
-    Every argument but `process_group` may also be given per parameter group. State, in the dtype of computation (fp32;
+    Every argument but these three may also be given per parameter group. State, in the dtype of computation (fp32;
     fp64 for fp64 parameters): `slow_param` beside what torch's class keeps, `cached_momentum` for "pullback",
     `outer_momentum_buffer` for `outer_momentum`, `master_param` for `master_weights`, and `step` in fp64. All of it is
     created in a parameter's first step.
@@ -72,7 +74,7 @@ def documented(cls: _Class) -> _Class:
     """Lookahead's arguments are the same in every class but for the name of alpha, and stated once."""
     arguments = _LOOKAHEAD_ARGUMENTS.replace(" alpha: ", f" {cls.policy.alpha}: ")
     cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}{arguments}"
-    return cls
+    return documents_norm(cls)
 
 
 class Fused(Hooked):
@@ -81,10 +83,16 @@ class Fused(Hooked):
     rule: rules.Rule
 
     def __init__(
-        self, params: ParamsT, defaults: dict[str, Any], differentiable: bool = False, fused: bool | None = None
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        norm: GlobalNorm,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
         checkpoint.check_switches({"differentiable": differentiable, "fused": fused})
         self._table = Table(self.rule, self.policy)
+        self._norm = norm
         self._fused = fused
         super().__init__(params, defaults)
 
@@ -123,7 +131,7 @@ class Fused(Hooked):
             # What torch.amp.GradScaler sets on an optimizer that unscales in its own step.
             grad_scale: Tensor | None = getattr(self, "grad_scale", None)
             found_inf: Tensor | None = getattr(self, "found_inf", None)
-            self._advance(grad_scale, found_inf)
+            self._advance(grad_scale, found_inf, self._asked_norm)
         return loss
 
     @property
@@ -148,11 +156,12 @@ class Fused(Hooked):
             self._table.invalidate()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_fused": self._fused}
+        return {**super().__getstate__(), "_fused": self._fused, "_norm": self._norm}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch's loading of a state dict comes by here too, with no such entry: the user's choice stays.
         self.__dict__.setdefault("_fused", None)
+        self.__dict__.setdefault("_norm", GlobalNorm())
         super().__setstate__(state)
         self._table = Table(self.rule, self.policy)
         for group in self.param_groups:
@@ -172,9 +181,10 @@ class FusedLookahead(Fused, Interpolating):
         self,
         params: ParamsT,
         defaults: dict[str, Any],
+        norm: GlobalNorm,
         differentiable: bool = False,
         fused: bool | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
         self._workers = None if process_group is None else Workers(process_group)
-        super().__init__(params, defaults, differentiable, fused)
+        super().__init__(params, defaults, norm, differentiable, fused)

@@ -234,3 +234,20 @@ def check_passed(arguments: Sequence[Argument], passed: Mapping[str, Any]) -> No
     for argument in arguments:
         if argument.key in passed:
             argument.kind.check(argument.name or argument.key, passed[argument.key])
+
+
+def check_whole(names: Sequence[str], group: Mapping[str, Any], prefix: str, known: Mapping[str, Any]) -> None:
+    """Raises ValueError for what is the whole optimizer's, in a parameter group.
+
+    Args:
+        names: Of the arguments.
+        prefix: Of the policy's settings in the groups.
+        known: The defaults of a base optimizer, which may have an entry of that name for itself.
+    """
+    for name in names:
+        for key in (name, prefix + name):
+            if key in group and key not in known:
+                raise ValueError(
+                    f"{key} must not stand in a parameter group, it is the whole optimizer's: pass it to the "
+                    f"constructor, got {group[key]!r}"
+                )

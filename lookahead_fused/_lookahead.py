@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _policies as policies
+from ._norm import GlobalNorm, documents_norm
 from ._slow_weights import Interpolating
 from ._table import Table
 from ._workers import Workers
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 Pullback = Literal["none", "pullback", "reset"]
 
 
+@documents_norm
 class Lookahead(Wrapper, Interpolating):
     """Lookahead (Zhang, Lucas, Hinton, Ba 2019, algorithm 1) around another optimizer.
 
@@ -49,17 +51,19 @@ class Lookahead(Wrapper, Interpolating):
         master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate. Not around an
             optimizer whose step is its own.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
+        {norm}
         process_group: A torch.distributed group of workers that train apart and meet at the syncs (local SGD; SlowMo,
             arXiv 1910.00643; DiLoCo with outer momentum): the mean of theta over them takes theta's place before a
             sync, which sends 1/k of the bytes of data-parallel training. It is a mean of the weights as they are kept
             (the master where there is one), made in the compute dtype and rounded to theirs. All workers start from the
             same weights and step the same parameters, which are no DTensors; each has its own moments and `step`, in a
-            checkpoint of its own. `found_inf` is agreed on where a scaler leaves it to the step; else each worker's
-            scaler skips alone. A sync takes one more copy of the weights in the compute dtype, a step waits for the
-            device to tell its count, and none can be captured in a CUDA graph. It is the whole optimizer's, not a
-            group's, and neither a state dict nor a copy nor a pickle has it. A worker that does not come to a sync is
-            an error of torch.distributed's, after which nothing has changed; where one is lost amid the mean, or with a
-            closure over an optimizer that is not fused, the inner step stays, and `sync()` makes up for its sync.
+            checkpoint of its own. `found_inf`, where a scaler leaves it to the step, and what `skip_nonfinite` skips
+            are agreed on; else each worker's scaler skips alone. A sync takes one more copy of the weights in the
+            compute dtype, a step waits for the device to tell its count, and none can be captured in a CUDA graph. It
+            is the whole optimizer's, not a group's, and neither a state dict nor a copy nor a pickle has it. A worker
+            that does not come to a sync is an error of torch.distributed's, after which nothing has changed; where one
+            is lost amid the mean, or with a closure over an optimizer that is not fused, the inner step stays, and
+            `sync()` makes up for its sync.
 
     Raises:
         TypeError: `base_optimizer` is not a torch.optim.Optimizer, is a Lookahead already, or keeps its state elsewhere
@@ -81,11 +85,14 @@ class Lookahead(Wrapper, Interpolating):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
         self._workers = None if process_group is None else Workers(process_group)
         super().__init__(
             base_optimizer,
+            GlobalNorm(max_grad_norm, skip_nonfinite),
             k=k,
             alpha=alpha,
             pullback_momentum=pullback_momentum,

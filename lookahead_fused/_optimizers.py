@@ -9,6 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import _rules as rules
 from ._fused import Betas, Fused, FusedLookahead, Pullback, documented
+from ._norm import GlobalNorm, documents_norm
 from ._policies import Alone, Lookahead
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class LookaheadAdam(FusedLookahead):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
         defaults = {
@@ -71,7 +74,8 @@ class LookaheadAdam(FusedLookahead):
             "master_weights": master_weights,
             "backend": backend,
         }
-        super().__init__(params, defaults, differentiable, fused, process_group)
+        norm = GlobalNorm(max_grad_norm, skip_nonfinite)
+        super().__init__(params, defaults, norm, differentiable, fused, process_group)
 
 
 @documented
@@ -108,6 +112,8 @@ class LookaheadAdamW(LookaheadAdam):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__(
@@ -128,6 +134,8 @@ class LookaheadAdamW(LookaheadAdam):
             outer_nesterov=outer_nesterov,
             master_weights=master_weights,
             backend=backend,
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
             process_group=process_group,
         )
 
@@ -174,6 +182,8 @@ class LookaheadSGD(FusedLookahead):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
         defaults = {
@@ -191,7 +201,8 @@ class LookaheadSGD(FusedLookahead):
             "master_weights": master_weights,
             "backend": backend,
         }
-        super().__init__(params, defaults, differentiable, fused, process_group)
+        norm = GlobalNorm(max_grad_norm, skip_nonfinite)
+        super().__init__(params, defaults, norm, differentiable, fused, process_group)
 
 
 @documented
@@ -234,6 +245,8 @@ class LookaheadRMSprop(FusedLookahead):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
         defaults = {
@@ -252,7 +265,8 @@ class LookaheadRMSprop(FusedLookahead):
             "master_weights": master_weights,
             "backend": backend,
         }
-        super().__init__(params, defaults, differentiable, fused, process_group)
+        norm = GlobalNorm(max_grad_norm, skip_nonfinite)
+        super().__init__(params, defaults, norm, differentiable, fused, process_group)
 
 
 @documented
@@ -292,6 +306,8 @@ class LookaheadRAdam(FusedLookahead):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
         defaults = {
@@ -309,7 +325,8 @@ class LookaheadRAdam(FusedLookahead):
             "master_weights": master_weights,
             "backend": backend,
         }
-        super().__init__(params, defaults, differentiable, fused, process_group)
+        norm = GlobalNorm(max_grad_norm, skip_nonfinite)
+        super().__init__(params, defaults, norm, differentiable, fused, process_group)
 
 
 @documented
@@ -346,6 +363,8 @@ class LookaheadLion(FusedLookahead):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
     ) -> None:
         defaults = {
@@ -361,9 +380,11 @@ class LookaheadLion(FusedLookahead):
             "master_weights": master_weights,
             "backend": backend,
         }
-        super().__init__(params, defaults, differentiable, fused, process_group)
+        norm = GlobalNorm(max_grad_norm, skip_nonfinite)
+        super().__init__(params, defaults, norm, differentiable, fused, process_group)
 
 
+@documents_norm
 class Lion(Fused):
     """Lion (Chen et al. 2023, algorithm 2), which torch has not: c = beta1 m + (1 - beta1) g, theta <- theta -
     lr (sign(c) + weight_decay theta), m <- beta2 m + (1 - beta2) g.
@@ -385,6 +406,7 @@ class Lion(Fused):
         differentiable: Must be False.
         master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
+        {norm}
 
     Raises:
         ValueError: A value is out of bounds, or `differentiable` is True.
@@ -412,6 +434,8 @@ class Lion(Fused):
         fused: bool | None = None,
         master_weights: bool = False,
         backend: str = "auto",
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -421,4 +445,5 @@ class Lion(Fused):
             "master_weights": master_weights,
             "backend": backend,
         }
-        super().__init__(params, defaults, differentiable, fused)
+        norm = GlobalNorm(max_grad_norm, skip_nonfinite)
+        super().__init__(params, defaults, norm, differentiable, fused)

@@ -6,8 +6,9 @@ holds none of them in between. A `PlainPart` makes its rows anew in every step, 
 
 The calls of a step, in their order:
     refresh(state, pass_) -> bool   reads what the pass needs; False: a row is not what it was made of
+    sum_squares(order, sums)        what a norm of all gradients is made of, where one is asked for
     begin()                         what has to be done before anything is written
-    run(grad_scale, found_inf)      the pass
+    run(...)                        the pass
     release()                       lets go of what was read
 """
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ._hyperparameters import Argument, check_step
+from ._norm import ClipOnDevice, Order, sum_of_squares
 from ._policies import CACHED, MASTER, NUMBERS, Policy
 from ._rows import (
     Row,
@@ -92,13 +94,17 @@ class Part(Protocol):
     spec: Spec
 
     @property
+    def device(self) -> torch.device: ...
+    @property
     def in_one_call(self) -> bool:
         """`run` writes in a single call of compiled code, which no signal cuts in two."""
 
     def add(self, row: Row, state: State) -> None: ...
     def refresh(self, state: State, pass_: Pass) -> bool: ...
+    def sum_squares(self, order: Order, sums: Tensor) -> None: ...
+    def make_clip(self, sums: Tensor, clip: ClipOnDevice) -> bool: ...
     def begin(self) -> None: ...
-    def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None: ...
+    def run(self, grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None) -> None: ...
     def release(self) -> None: ...
 
 
@@ -108,7 +114,11 @@ class Stepper(Protocol):
     # Whether `run` writes in a single call of compiled code.
     in_one_call: bool
 
-    def run(self, part: CompiledPart, grad_scale: Tensor | None, found_inf: Tensor | None) -> None: ...
+    def sum_squares(self, part: CompiledPart, places: Tensor, sums: Tensor) -> None: ...
+    def make_clip(self, part: CompiledPart, sums: Tensor, clip: ClipOnDevice) -> None: ...
+    def run(
+        self, part: CompiledPart, grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None
+    ) -> None: ...
 
 
 class CompiledPart:
@@ -149,8 +159,13 @@ class CompiledPart:
         )
         self.pass_ = Pass.STEP
         self.stepper: Stepper | None = None
+        # What took the norm of the step that comes next.
+        self._measuring: Stepper | None = None
         self._make_stepper = make_stepper
         self._groups: dict[int, int] = {}
+        # Of the rows the parameters, by id, and where these stand in the order of a norm.
+        self._owners: list[int] = []
+        self._places: tuple[Order, Tensor] | None = None
         # Parameters that are not dense, and what their rows have in their place: filled before a pass, and written
         # back after it. Where they lie tells whether they still share memory with no other row of this part.
         self._copies: list[tuple[Tensor, Tensor, tuple[int, int]]] = []
@@ -176,7 +191,13 @@ class CompiledPart:
         )
         if copy is not None:
             self._copies.append((row.owner, copy, row.stretch))
-        self.stepper = None
+        self._owners.append(id(row.owner))
+        self._places = None
+        self.stepper = self._measuring = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.spec.device
 
     @property
     def in_one_call(self) -> bool:
@@ -194,15 +215,28 @@ class CompiledPart:
             self.table.refresh(state, self._sync_pass if pass_ is Pass.SYNC else self._step_pass, pass_ is Pass.INNER),
         )
 
+    def sum_squares(self, order: Order, sums: Tensor) -> None:
+        if self._places is None or self._places[0] is not order:
+            places = [order.place_of[owner] for owner in self._owners]
+            self._places = order, torch.tensor(places, dtype=torch.int64, device=self.spec.device)
+        stepper = self.stepper or self._measuring or self._make_stepper(self)
+        stepper.sum_squares(self, self._places[1], sums)
+        self._measuring = stepper
+
+    def make_clip(self, sums: Tensor, clip: ClipOnDevice) -> bool:
+        assert self._measuring is not None
+        self._measuring.make_clip(self, sums, clip)
+        return True
+
     def begin(self) -> None:
         # A backend writes through addresses, which autograd does not see.
         increment_version(self.table.updated())
         for owner, copy in self._active_copies():
             copy.copy_(local_tensor(owner))
 
-    def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        stepper = self.stepper or self._make_stepper(self)
-        stepper.run(self, grad_scale, found_inf)
+    def run(self, grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None = None) -> None:
+        stepper, self._measuring = self.stepper or self._measuring or self._make_stepper(self), None
+        stepper.run(self, grad_scale, found_inf, clip)
         # Not before: the first pass may fail in what it loads or compiles, and is made anew then.
         self.stepper = stepper
         for owner, copy in self._active_copies():
@@ -226,14 +260,14 @@ class PlainPart:
 
     Args:
         spec: What the rows have in common.
-        step: Steps one row, given the scale of its gradient and whether its event comes later.
+        step: Steps one row, given what its gradient is divided and multiplied by and whether its event comes later.
         sync: Does a row's slow half alone, now.
     """
 
     in_one_call = False
 
     def __init__(
-        self, spec: Spec, step: Callable[[Row, Spec, float, bool], None], sync: Callable[[Row, Spec], None]
+        self, spec: Spec, step: Callable[[Row, Spec, float, float, bool], None], sync: Callable[[Row, Spec], None]
     ) -> None:
         self.spec = spec
         self._step, self._sync = step, sync
@@ -243,6 +277,10 @@ class PlainPart:
         self._added: dict[int, Row] = {}
         self._state: State = {}
         self._pass = Pass.STEP
+
+    @property
+    def device(self) -> torch.device:
+        return self.spec.device
 
     def add(self, row: Row, state: State) -> None:
         self.rehearse(row)
@@ -282,31 +320,45 @@ class PlainPart:
         steps = self.spec.policy.an_event(row.group)
         with by_operators(row.name, row.param, row.gradient):
             if row.gradient is not None or not self.spec.rule.reads_gradient:
-                self._step(row.copied(steps - 1), self.spec, 1.0, False)
+                self._step(row.copied(steps - 1), self.spec, 1.0, 1.0, False)
             self._sync(row.copied(steps), self.spec)
         self.spec.rehearsed.add(kind)
 
-    def _pass_over(self, row: Row, scale: float) -> None:
+    def _pass_over(self, row: Row, scale: float, clip: float) -> None:
         if self._pass is Pass.SYNC:
             self._sync(row, self.spec)
         else:
-            self._step(row, self.spec, scale, self._pass is Pass.INNER)
+            self._step(row, self.spec, scale, clip, self._pass is Pass.INNER)
 
     def _switches(self, group: Mapping[str, Any]) -> list[Any]:
         """What another part may be due for, where it changes: the choice of a backend is one."""
         return [argument.value(group) for argument in self.spec.arguments if argument.kind.is_switch]
 
+    def sum_squares(self, order: Order, sums: Tensor) -> None:
+        rows = {id(row.owner): row for row in self._rows if row.gradient is not None}
+        for owner, *_ in self._members:
+            row, place = rows.get(id(owner)), order.place_of[id(owner)]
+            if row is None or row.gradient is None:
+                sums[place] = 0.0
+                continue
+            with by_operators(row.name, row.param, row.gradient):
+                sums[place] = sum_of_squares(row.gradient, row.param)
+
+    def make_clip(self, sums: Tensor, clip: ClipOnDevice) -> bool:
+        return False
+
     def begin(self) -> None:
         """Operators bump versions themselves."""
 
-    def run(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def run(self, grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None = None) -> None:
         if found_inf is not None and found_inf.item() != 0:
             return
         scale = 1.0 if grad_scale is None else float(grad_scale)
+        factor = 1.0 if clip is None else float(clip)
         for row in self._rows:
             with by_operators(row.name, row.param, row.gradient):
                 row.read_in()
-                self._pass_over(row, scale)
+                self._pass_over(row, scale, factor)
                 row.write_back()
             if row.moments_loaded:
                 self.spec.moments_loaded[id(row.owner)] = row.step

@@ -12,9 +12,11 @@ from torch.utils.hooks import RemovableHandle
 
 from ._checkpoint import TRAIN, given_by_index
 from ._hooked import Hooked
+from ._hyperparameters import check_whole
 from ._interrupts import uninterrupted
+from ._norm import Clip, GlobalNorm
 from ._swap import Swap
-from ._workers import Turn, Workers, check_group_entries
+from ._workers import ARGUMENT, Turn, Workers
 
 
 class SlowWeights(Hooked):
@@ -189,20 +191,28 @@ class Interpolating(SlowWeights):
     _workers: Workers | None = None
 
     def _check_group(self, group: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-        check_group_entries(group, self.policy.prefix, known)
+        super()._check_group(group, known)
+        check_whole((ARGUMENT,), group, self.policy.prefix, known)
         if self._workers is not None:
             self._workers.check_parameters([group])
 
-    def _turn(self, found_inf: Tensor | None) -> Turn | None:
+    def _turn(self, grad_scale: Tensor | None, found_inf: Tensor | None, clip: Clip | None) -> Turn | None:
         if self._workers is None:
             return None
-        return self._workers.turn(self._table, self.param_groups, self.state, found_inf)
+        norm = self._asked_norm
+        return self._workers.turn(self._table, self.param_groups, self.state, grad_scale, found_inf, norm, clip)
 
-    def _advance(self, grad_scale: Tensor | None, found_inf: Tensor | None, turn: Turn | None = None) -> None:
+    def _advance(
+        self,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        norm: GlobalNorm | None,
+        turn: Turn | None = None,
+    ) -> None:
         if self._workers is None:
-            super()._advance(grad_scale, found_inf)
+            super()._advance(grad_scale, found_inf, norm)
         else:
-            self._workers.step(self._table, self.param_groups, self.state, grad_scale, found_inf, turn)
+            self._workers.step(self._table, self.param_groups, self.state, grad_scale, found_inf, norm, turn)
 
     def sync(self) -> None:
         """Interpolates now: every parameter that had a step gets phi <- phi + alpha (theta - phi), theta <- phi.

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import _build as build
 from ._hyperparameters import check, check_step
 from ._interrupts import uninterrupted
+from ._norm import Clip, Norm, Order
 from ._parts import Part, Pass, PlainPart, Spec, State, Tuning, layers
 from ._policies import Policy
 from ._rows import (
@@ -55,6 +56,8 @@ class Table:
         self.arguments = (*rule.arguments, *policy.arguments, *general)
         self._parts: dict[tuple[Any, ...], Part] = {}
         self._watch: Any = None
+        # Of all parameters, as long as the watch says that they are the same.
+        self._order: Order | None = None
         # The parameters that have a row, by id, with the memory that the row writes.
         self._rows: dict[int, tuple[int, int]] = {}
         # There are parameters with slow weights and without a row: they had no gradient since the rows were made.
@@ -96,7 +99,12 @@ class Table:
         self._moments_loaded.clear()
 
     def step(
-        self, groups: Groups, state: State, grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+        self,
+        groups: Groups,
+        state: State,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        norm: Norm | None = None,
     ) -> None:
         """One step of every parameter that has a gradient.
 
@@ -105,18 +113,33 @@ class Table:
             state: The optimizer's state; what a parameter lacks there is created.
             grad_scale: What an AMP loss scaler multiplied the gradients by, a tensor of one element, or None.
             found_inf: A tensor of one element, or None; where it is not zero, nothing at all changes.
+            norm: Takes the norm of all gradients and clips them by it, or has taken it; or None.
 
         Raises:
             ValueError, TypeError: A hyperparameter, gradient or state is not acceptable. Nothing has changed then.
             RuntimeError: A named backend cannot serve. Nothing has changed then.
         """
-        if found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
+        if norm is None and found_inf is not None and found_inf.device.type == "cpu" and found_inf.item() != 0:
             return
-        self._run((Pass.STEP,), groups, state, grad_scale, found_inf)
+        self._run((Pass.STEP,), groups, state, grad_scale, found_inf, norm)
 
-    def step_without_events(self, groups: Groups, state: State, grad_scale: Tensor | None = None) -> None:
+    def step_without_events(
+        self, groups: Groups, state: State, grad_scale: Tensor | None = None, norm: Norm | None = None
+    ) -> None:
         """A step whose events are left to a `sync` after it."""
-        self._run((Pass.INNER,), groups, state, grad_scale, None)
+        self._run((Pass.INNER,), groups, state, grad_scale, None, norm)
+
+    def measure(
+        self, norm: Norm, groups: Groups, state: State, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Clip:
+        """What `norm` comes to in the next step, before it is made; raises as `step` does."""
+        with Gradless():
+            parts = self._current(groups, state, Pass.STEP)
+            try:
+                return norm.measure(parts, self._order_of(groups), grad_scale, found_inf)
+            finally:
+                for part in parts:
+                    part.release()
 
     def sync(self, groups: Groups, state: State) -> None:
         """The policy's event, now, for every parameter that had a step; raises as `step` does."""
@@ -185,17 +208,22 @@ class Table:
         state: State,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        norm: Norm | None = None,
     ) -> None:
         with Gradless():
             for pass_ in passes:
                 parts = self._current(groups, state, pass_)
                 try:
+                    clip = None
+                    if norm is not None:
+                        measured = norm.measure(parts, self._order_of(groups), grad_scale, found_inf)
+                        clip, found_inf = measured.coefficient, measured.found_inf
                     if len(parts) == 1 and parts[0].in_one_call:
-                        _run_part(parts[0], grad_scale, found_inf)
+                        _run_part(parts[0], grad_scale, found_inf, clip)
                     else:
                         with uninterrupted():
                             for part in parts:
-                                _run_part(part, grad_scale, found_inf)
+                                _run_part(part, grad_scale, found_inf, clip)
                 finally:
                     for part in parts:
                         part.release()
@@ -225,6 +253,15 @@ class Table:
             raise RuntimeError("a table changed while it was made: is another thread changing the optimizer?")
         return self.parts
 
+    def _order_of(self, groups: Groups) -> Order:
+        if self._order is not None and not dispatch_mode_is_on():
+            return self._order
+        order = Order([param for param, *_ in _members(groups)])
+        # Under a mode nothing is kept: what is made there may be the mode's own kind of tensor.
+        if not dispatch_mode_is_on():
+            self._order = order
+        return order
+
     def _refreshed(self, state: State, pass_: Pass) -> bool:
         try:
             return all(part.refresh(state, pass_) for part in self._parts.values())
@@ -238,6 +275,7 @@ class Table:
 
     def _forget_rows(self) -> None:
         self._parts, self._watch, self._rows, self._asleep = {}, None, {}, False
+        self._order = None
 
     def _grow(self, groups: Groups, state: State, pass_: Pass) -> bool:
         """Adds rows for parameters that have none yet. False: they share memory with rows that there are."""
@@ -251,6 +289,7 @@ class Table:
         if any(layers(self._rows.values())[before:]):
             return False
         self._parts = grown
+        self._order = None
         self._watch = self._new_watch(groups, state)
         return True
 
@@ -359,9 +398,10 @@ def _in_order(parts: dict[tuple[Any, ...], Part]) -> dict[tuple[Any, ...], Part]
     return dict(sorted(parts.items(), key=lambda item: item[0][0]))
 
 
-def _run_part(part: Part, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+def _run_part(part: Part, grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None) -> None:
+    device = part.spec.device
     part.begin()
-    part.run(_on(grad_scale, part.spec.device), _on(found_inf, part.spec.device))
+    part.run(_on(grad_scale, device), _on(found_inf, device), None if clip is None else clip.to(device))
 
 
 def _members(groups: Groups) -> Iterator[Member]:

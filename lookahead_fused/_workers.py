@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._hyperparameters import check_step
 from ._interrupts import uninterrupted
+from ._norm import Clip, GlobalNorm
 from ._parts import State
 from ._policies import MASTER, Lookahead
 from ._rows import parameter_name
@@ -31,29 +32,16 @@ ARGUMENT = "process_group"
 BUCKET_BYTES = 64 << 20
 
 
-def check_group_entries(group: Mapping[str, Any], prefix: str, known: Mapping[str, Any]) -> None:
-    """Raises ValueError for a process group in a parameter group.
-
-    Args:
-        prefix: Of the policy's settings in the groups.
-        known: The defaults of a base optimizer, which may have an entry of that name for itself.
-    """
-    for key in (ARGUMENT, prefix + ARGUMENT):
-        if key in group and key not in known:
-            raise ValueError(
-                f"{key} must not stand in a parameter group, it is the whole optimizer's: pass it to the constructor, "
-                f"got {group[key]!r}"
-            )
-
-
 @dataclass
 class Turn:
     """What this worker does in a step or sync that the workers have agreed on."""
 
     due: list[Member]
     mean: _Mean
-    # Some worker's gradients overflowed: nobody steps.
+    # Some worker's gradients overflowed, or their norm is not finite: nobody steps.
     skips: bool
+    # What this worker's norm has come to, where one is asked for.
+    clip: Clip | None = None
 
 
 class Workers:
@@ -84,6 +72,7 @@ class Workers:
         state: State,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        norm: GlobalNorm | None,
         turn: Turn | None = None,
     ) -> None:
         """One step as `Table.step` makes it, with the mean over the workers where there is a sync.
@@ -97,14 +86,14 @@ class Workers:
                 after all had come, the inner step is made, and `sync` makes the sync that it lacks.
         """
         with Gradless():
-            turn = turn or self.turn(table, groups, state, found_inf)
+            turn = turn or self.turn(table, groups, state, grad_scale, found_inf, norm)
             if turn.skips:
                 return
             if not turn.due:
-                table.step(groups, state, grad_scale)
+                table.step(groups, state, grad_scale, norm=turn.clip)
                 return
             with uninterrupted():
-                table.step_without_events(groups, state, grad_scale)
+                table.step_without_events(groups, state, grad_scale, turn.clip)
                 self._sync(turn, table, groups, state)
 
     def sync(self, table: Table, groups: Groups, state: State) -> None:
@@ -117,12 +106,25 @@ class Workers:
             counts = _numbers([own.get(table.rule.step_name) for _, own, *_ in members])
             due = [(p, name, group) for (p, _, name, group), count in zip(members, counts, strict=True) if count > 0]
             turn = Turn(due, _Mean(due), skips=False)
-            self._agree(turn, None, groups)
+            self._agree(turn, None, None, groups)
             with uninterrupted():
                 self._sync(turn, table, groups, state)
 
-    def turn(self, table: Table, groups: Groups, state: State, found_inf: Tensor | None) -> Turn:
-        """Which parameters are due in the next step. Where there are any, or `found_inf` is given, the workers agree.
+    def turn(
+        self,
+        table: Table,
+        groups: Groups,
+        state: State,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        norm: GlobalNorm | None,
+        clip: Clip | None = None,
+    ) -> Turn:
+        """Which parameters are due in the next step. Where there are any, or a step may be skipped, the workers agree.
+
+        Args:
+            norm: Takes the norm of this worker's gradients, or None.
+            clip: What it has come to, where it was taken before.
 
         Raises:
             RuntimeError, ValueError, TypeError: What a step would raise, and what `step` raises of the workers.
@@ -132,22 +134,28 @@ class Workers:
         # What a step would refuse is found and room for the mean is made before another worker counts on this one.
         if due:
             table.check(groups, state)
-        turn = Turn(due, _Mean(due), skips=False)
-        if due or found_inf is not None:
-            self._agree(turn, found_inf, groups)
+        turn = Turn(due, _Mean(due), skips=False, clip=clip)
+        if norm is not None and clip is None:
+            turn.clip = table.measure(norm, groups, state, grad_scale, found_inf)
+        skipping = norm if norm is not None and norm.skip_nonfinite else None
+        if due or found_inf is not None or skipping is not None:
+            self._agree(turn, found_inf, skipping, groups)
         return turn
 
-    def _agree(self, turn: Turn, found_inf: Tensor | None, groups: Groups) -> None:
-        """The workers tell each other whether they overflowed and what is due; they wait for each other here first."""
+    def _agree(self, turn: Turn, found_inf: Tensor | None, skipping: GlobalNorm | None, groups: Groups) -> None:
+        """The workers tell each other whether they skip and what is due; they wait for each other here first."""
         overflow = found_inf is not None and found_inf.item() != 0
+        not_finite = skipping is not None and not skipping.was_finite()
         numbers = (len(turn.due), turn.mean.elements, turn.mean.fingerprint)
         # The largest of a number and of its opposite tell whether all are the same.
         both = [number for n in numbers for number in (n, -n)]
-        told = torch.tensor([int(overflow), *both], dtype=torch.int64, device=_first_device(groups))
+        told = torch.tensor([int(overflow), int(not_finite), *both], dtype=torch.int64, device=_first_device(groups))
         torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, self.group)
-        any_overflow, *most = told.tolist()
-        turn.skips = any_overflow != 0
+        any_overflow, any_not_finite, *most = told.tolist()
+        turn.skips = any_overflow != 0 or any_not_finite != 0
         if all(largest == -opposite for largest, opposite in zip(most[::2], most[1::2], strict=True)):
+            if skipping is not None and any_not_finite and not not_finite:
+                skipping.count_skip()
             return
         count, elements = ((-most[i + 1], most[i]) for i in (0, 2))
         raise RuntimeError(

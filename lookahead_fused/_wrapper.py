@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from . import _rules as rules
 from ._door import BaseDoor
 from ._hyperparameters import check_passed
 from ._interrupts import uninterrupted
+from ._norm import GlobalNorm
+from ._norm_around import NormAround, clipped
 from ._optimizers import Lion
 from ._policies import CACHED, Policy
 from ._rows import start_cached, start_slow
@@ -49,6 +52,7 @@ class Wrapper(SlowWeights):
 
     Args:
         base_optimizer: The optimizer that makes the inner steps.
+        norm: Of the gradients.
         settings: The policy's, by the names that its user gives them.
     """
 
@@ -56,7 +60,7 @@ class Wrapper(SlowWeights):
     base_optimizer: Optimizer
     _own_defaults: dict[str, Any]
 
-    def __init__(self, base_optimizer: Optimizer, **settings: Any) -> None:
+    def __init__(self, base_optimizer: Optimizer, norm: GlobalNorm, **settings: Any) -> None:
         _check_base(base_optimizer)
         own = {self.policy.prefix + name: value for name, value in settings.items()}
         table = Table(_FUSED.get(type(base_optimizer)) or self._external(), self.policy)
@@ -66,7 +70,7 @@ class Wrapper(SlowWeights):
         for group in base_optimizer.param_groups:
             table.check_group({**own, **group})
             self._check_group(group, base_optimizer.defaults)
-        self.__setstate__({"base_optimizer": base_optimizer, "_own_defaults": own})
+        self.__setstate__({"base_optimizer": base_optimizer, "_own_defaults": own, "_norm": norm})
         self._complete_groups()
 
     @property
@@ -174,7 +178,7 @@ class Wrapper(SlowWeights):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            self._advance(*self._amp())
+            self._advance(*self._amp(), self._asked_norm)
             return loss
 
         base = self.base_optimizer
@@ -185,28 +189,40 @@ class Wrapper(SlowWeights):
             return call_with_hooks(step, base, *arguments, own_hooks=self._door.step_hooks)
 
     def _step_around(self, closure: Callable[[], Any] | None) -> Any:
+        norm, evaluated = self._asked_norm, None
+        if norm is not None and closure is not None:
+            # The base is to see the gradients clipped, and so cannot make them.
+            with torch.enable_grad():
+                evaluated = closure()
+            closure = None
         base, state = self.base_optimizer, self.state
         self._find_first_moment()
         self._table.check(self.param_groups, state, gradients_come=closure is not None)
         started = self._start_slow_weights(closure is not None)
         grad_scale, found_inf = self._amp()
+        clip = None
+        if norm is not None:
+            clip = self._norm_around.measure(norm, self.param_groups, self.policy.backend, grad_scale, found_inf)
         # Which parameters get gradients in a closure shows when the base has evaluated it.
-        turn = self._turn(found_inf) if closure is None else None
+        turn = self._turn(grad_scale, found_inf, clip) if closure is None else None
         if turn is not None and turn.skips:
-            return None
+            return evaluated
+        if norm is not None and norm.skip_nonfinite and not norm.was_finite():
+            return evaluated
         forwarded = {"grad_scale": grad_scale, "found_inf": found_inf} if found_inf is not None else {}
         with uninterrupted():
             for name, value in forwarded.items():
                 setattr(base, name, value)
             try:
-                loss = self._step_base(closure, started)
+                with nullcontext() if clip is None else clipped(self.param_groups, clip):
+                    loss = self._step_base(closure, started)
             finally:
                 for name in forwarded:
                     delattr(base, name)
             if found_inf is None or found_inf.device.type != "cpu" or found_inf.item() == 0:
                 self._begin(started)
-                self._advance(None, found_inf, turn)
-        return loss
+                self._advance(None, found_inf, None, turn)
+        return loss if evaluated is None else evaluated
 
     def _step_base(self, closure: Callable[[], Any] | None, started: list[tuple[Tensor, dict[str, Any]]]) -> Any:
         """The base's own step, before the policy's pass; `started` are slow weights that begin in it."""
@@ -348,14 +364,17 @@ class Wrapper(SlowWeights):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_slow_weights("copying or pickling")
-        return {"base_optimizer": self.base_optimizer, "_own_defaults": self._own_defaults}
+        own = ("base_optimizer", "_own_defaults", "_norm")
+        return {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # This and not Optimizer.__init__, which would give this optimizer groups and state of its own: it sets up the
         # hooks and the profiling of step(), and leaves groups and state alone.
         super().__setstate__(state)
+        self.__dict__.setdefault("_norm", GlobalNorm())
         base = self.base_optimizer
         self._table = Table(_FUSED.get(type(base)) or self._external(), self.policy)
+        self._norm_around = NormAround()
         self._door = BaseDoor(self)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import sys
 import threading
 import weakref
@@ -112,6 +113,58 @@ def test_a_sync_between_two_replays(runtime: ctypes.CDLL, rule: str, monkeypatch
         results[-1] += [value for own in optimizer.state.values() for value in own.values()]
     for eager, replayed in zip(*results, strict=True):
         assert torch.equal(eager, replayed)
+
+
+def test_replays_take_the_norm(runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the gradients as they are then; a replay may skip its step, and counts that. Four nodes, no copy."""
+    results = []
+    for captured in (False, True):
+        params = make_params([(5,), (9000,)])
+        optimizer = make_optimizer("adamw", params, HOST, lr=0.1, k=2, max_grad_norm=0.5, skip_nonfinite=True)
+        set_grads(params, seeded(0))
+        optimizer.step()
+        capture = Capture(runtime, monkeypatch)
+        if captured:
+            with capture:
+                optimizer.step()
+            monkeypatch.undo()
+            assert capture.nodes() == 4
+        told = []
+        for t in range(6):
+            for p, value in zip(params, make_grads(params, generator=seeded(t), scale=10.0 ** (t - 3)), strict=True):
+                p.grad.copy_(value)
+            if t == 4:
+                params[1].grad[8000] = math.inf
+            capture.replay() if captured else optimizer.step()
+            told.append((optimizer.grad_norm.item(), optimizer.skipped_steps.item()))
+        assert [skipped for _, skipped in told] == [0, 0, 0, 0, 1, 1]
+        results.append((told, [p.detach().clone() for p in params]))
+    (eager, params), (replayed, others) = results
+    assert eager == replayed
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+
+
+def test_a_graph_keeps_what_a_norm_writes(runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm, the coefficient and the counts of an optimizer that is gone."""
+    params = make_params([(64,)])
+    optimizer = make_optimizer("adamw", params, HOST, lr=0.1, max_grad_norm=0.5, skip_nonfinite=True)
+    set_grads(params, seeded(1))
+    optimizer.step()
+    own, sums = optimizer._norm, optimizer._table._order.sums(params[0].device)
+    held = [weakref.ref(tensor) for tensor in (own._clip, own._skip, own._skipped, sums)]
+    del own, sums
+    capture = Capture(runtime, monkeypatch)
+    with capture:
+        optimizer.step()
+    monkeypatch.undo()
+    del optimizer
+    gc.collect()
+    assert all(reference() is not None for reference in held)
+    before = params[0].detach().clone()
+    capture.replay()
+    assert not torch.equal(params[0], before)
+    capture.destroy()
+    assert not any(reference() is not None for reference in held)
 
 
 @pytest.mark.parametrize("where", ["main thread", "another thread"])

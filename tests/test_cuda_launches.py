@@ -58,6 +58,24 @@ def test_launches_and_uploads_of_a_step(runtime: ctypes.CDLL, count: int) -> Non
         }
 
 
+def test_a_norm_is_two_launches_more(runtime: ctypes.CDLL) -> None:
+    """And one copy more at most, of gradients that moved."""
+    params = make_params([(3,)] * 148)
+    groups = [{"params": params[:70], "lr": 0.1}, {"params": params[70:]}]
+    optimizer = make_optimizer("adamw", groups, HOST, max_grad_norm=1.0, skip_nonfinite=True)
+    set_grads(params, seeded(1))
+    optimizer.step()
+    for moved in (False, True):
+        if moved:
+            set_grads(params, seeded(2))
+        runtime.control_reset()
+        runtime.control_idle(True)  # what the kernels do is not asked here
+        optimizer.step()
+        made = Counter(calls())
+        assert made["cudaLaunchKernelEx"] == 4
+        assert made["cudaMemcpyAsync"] == (1 if moved else 0)
+
+
 def test_copies_that_are_late_read_what_they_were_given(runtime: ctypes.CDLL) -> None:
     """The device lags many steps behind while gradients move in each: no slot of the ring is written too early."""
     results = []
@@ -284,7 +302,7 @@ def test_rows_that_lie_elsewhere_are_sent_again(runtime: ctypes.CDLL) -> None:
     for native, optimizer in zip((table, moved, another), optimizers, strict=True):
         assert native.refresh(optimizer.state, cuda_on_host.load().PASSES["STEP"])
     stepper.native.update_fixed(moved, 0)
-    stepper.native.step(moved, 0, 0, 0)
+    stepper.native.step(moved, 0, 0, 0, 0)
     for a, b in zip(*(optimizer.param_groups[0]["params"] for optimizer in optimizers[:2]), strict=True):
         assert same_tensor_bits(a, b)
         for name, value in optimizers[0].state[a].items():

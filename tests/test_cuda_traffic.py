@@ -77,6 +77,26 @@ def test_each_array_is_read_and_written_once(
             assert total == numel * (36 if due else 28)
 
 
+@pytest.mark.parametrize("numel", [1, 4096, 17_000])
+@dtypes
+def test_a_norm_reads_the_gradient_once_more(
+    runtime: ctypes.CDLL, dtype: torch.dtype, grad_dtype: torch.dtype, master: bool, numel: int
+) -> None:
+    if grad_dtype != dtype and not can_set_grad_dtype():
+        pytest.skip("this torch keeps no gradient in another dtype than the parameter's")
+    p = torch.nn.Parameter(torch.randn(numel).to(dtype))
+    hyper = {"master_weights": True} if master else {}
+    optimizer = make_optimizer("adamw", [p], HOST, lr=0.1, k=5, max_grad_norm=1.0, **hyper)
+    for t in range(2):
+        set_grads([p], seeded(t), grad_dtype)
+        runtime.control_reset()
+        watch(runtime, p, p.grad)
+        optimizer.step()
+    assert runtime.control_read(1) == 2 * p.grad.nbytes
+    assert runtime.control_written(1) == 0
+    assert runtime.control_read(0) == (0 if master else p.nbytes)
+
+
 @pytest.mark.parametrize("rule", [*RULES, *FURTHER])
 @pytest.mark.parametrize("master", [False, True])
 def test_a_sync_leaves_alone_what_it_does_not_change(runtime: ctypes.CDLL, rule: str, master: bool) -> None:

@@ -32,6 +32,8 @@ class Graph:
         stepper = optimizer._table.parts[0].stepper  # type: ignore[attr-defined]
         recorders = {name: Recorder(getattr(kernels, name), self.launches) for name in ("rows", "chunks")}
         stepper.kernels = types.SimpleNamespace(**{**vars(kernels), **recorders})
+        norms = triton_on_host.norm_kernels()
+        recorded = {name: Recorder(getattr(norms, name), self.launches) for name in ("squares", "clip")}
         made: list[Tensor] = []
 
         def empty_like(of: Tensor, **options: Any) -> Tensor:
@@ -39,17 +41,19 @@ class Graph:
             return made[-1]
 
         with (
+            mock.patch.object(host, "norm_kernels", return_value=types.SimpleNamespace(**recorded)),
             mock.patch.object(host, "_is_capturing", return_value=True),
             mock.patch.object(host.torch, "empty_like", empty_like),
         ):
             optimizer.step()
         stepper.kernels = kernels
-        self.source, (self.moving,) = weakref.ref(stepper.source), made
+        self.source, self.moving = weakref.ref(stepper.source), made
 
     def replay(self) -> None:
         source = self.source()
         assert source is not None, "what a replay copies from is gone"
-        self.moving.copy_(source)
+        for moving in self.moving:
+            moving.copy_(source)
         for launch in self.launches:
             launch()
 
@@ -81,6 +85,32 @@ def test_replays_are_steps(host: Any, rule: str) -> None:
         runs.append(params)
         assert all(optimizer.state[p]["step"].item() == 15 for p in params)
     for p, q in zip(*runs, strict=True):
+        assert same_tensor_bits(p, q)
+
+
+@needs_interpreter
+def test_replays_take_the_norm(host: Any) -> None:
+    """Each of the gradients as they are then; a replay may skip its step, and counts that."""
+    runs = []
+    for captured in (False, True):
+        params = make_params([(5,), (5000,)])
+        optimizer = make_optimizer("sgd", params, HOST, lr=0.1, k=2, max_grad_norm=0.5, skip_nonfinite=True)
+        set_grads(params, 0)
+        optimizer.step()
+        graph = Graph(host, optimizer) if captured else None
+        told = []
+        for t in range(4):
+            for p, value in zip(params, make_grads(params, generator=seeded(t), scale=10.0 ** (t - 2)), strict=True):
+                p.grad.copy_(value)
+            if t == 2:
+                params[1].grad[4500] = torch.inf
+            optimizer.step() if graph is None else graph.replay()
+            told.append((optimizer.grad_norm.item(), optimizer.skipped_steps.item()))
+        assert [skipped for _, skipped in told] == [0, 0, 1, 1]
+        runs.append((told, params))
+    (eager, params), (replayed, others) = runs
+    assert eager == replayed
+    for p, q in zip(params, others, strict=True):
         assert same_tensor_bits(p, q)
 
 

@@ -17,6 +17,7 @@ from bench.harness.figures import Report
 from bench.harness.processes import apart
 from bench.suites import growth, memory
 from bench.suites.averaging import AVERAGING
+from bench.suites.clip import CLIPS
 from bench.suites.family import FAMILY
 from bench.suites.steps import COMPARISONS, Comparison, compare
 from bench.suites.syncs import SYNCS
@@ -32,6 +33,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     **SYNCS,
     **FAMILY,
     **AVERAGING,
+    **CLIPS,
     "host-tensors": growth.host_tensors,
     "host-groups": growth.host_groups,
     "host-alone": growth.host_alone,
@@ -45,7 +47,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 # Those with figures that have targets on a CPU.
 TARGETED = (
     *(name for name, comparison in COMPARISONS.items() if comparison.targets),
-    *SYNCS, *FAMILY, *AVERAGING, "host-tensors", "host-groups", "memory",
+    *SYNCS, *FAMILY, *AVERAGING, *CLIPS, "host-tensors", "host-groups", "memory",
 )  # fmt: skip
 
 

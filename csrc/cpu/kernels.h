@@ -1,5 +1,5 @@
-// What an instruction set's translation unit gives out: for a rule and a pattern of dtypes, the two functions of a
-// pass.
+// What an instruction set's translation unit gives out: for a rule and a pattern of dtypes the two functions of a pass,
+// and for a gradient's dtype the one of a norm.
 #pragma once
 
 #include <cstddef>
@@ -26,6 +26,16 @@ const Kernel* find_baseline(const char* rule, Dtype param, Dtype grad);
 #if LOOKAHEAD_FUSED_X86
 const Kernel* find_avx2(const char* rule, Dtype param, Dtype grad);
 const Kernel* find_avx512(const char* rule, Dtype param, Dtype grad);
+#endif
+
+// The sum of the squares of up to NORM_BLOCK elements from `offset` on, in the order that table/norm.h states.
+using SquaresOfBlock = double (*)(const void* gradient, int64_t offset, int count);
+using FindSquares = SquaresOfBlock (*)(Dtype grad);
+
+SquaresOfBlock squares_baseline(Dtype grad);
+#if LOOKAHEAD_FUSED_X86
+SquaresOfBlock squares_avx2(Dtype grad);
+SquaresOfBlock squares_avx512(Dtype grad);
 #endif
 
 }  // namespace lookahead_fused

@@ -17,15 +17,23 @@ struct InstructionSet {
     const char* name;
     bool (*present)();
     FindKernel find;
+    FindSquares squares;
 };
 
 constexpr InstructionSet INSTRUCTION_SETS[] = {
-    {"baseline", [] { return true; }, &find_baseline},
+    {"baseline", [] { return true; }, &find_baseline, &squares_baseline},
 #if LOOKAHEAD_FUSED_X86
-    {"avx2", [] { return processor().avx2; }, &find_avx2},
-    {"avx512", [] { return processor().avx2 && processor().avx512; }, &find_avx512},
+    {"avx2", [] { return processor().avx2; }, &find_avx2, &squares_avx2},
+    {"avx512", [] { return processor().avx2 && processor().avx512; }, &find_avx512, &squares_avx512},
 #endif
 };
+
+const InstructionSet& set_named(const std::string& name) {
+    for (const auto& set : INSTRUCTION_SETS) {
+        if (name == set.name && set.present()) return set;
+    }
+    throw std::invalid_argument("instruction set '" + name + "' is not one this machine can run");
+}
 
 }  // namespace
 
@@ -38,10 +46,11 @@ std::vector<std::string> instruction_sets() {
 }
 
 const Kernel* find_kernel(const std::string& instruction_set, const std::string& rule, Dtype param, Dtype grad) {
-    for (const auto& set : INSTRUCTION_SETS) {
-        if (instruction_set == set.name && set.present()) return set.find(rule.c_str(), param, grad);
-    }
-    throw std::invalid_argument("instruction set '" + instruction_set + "' is not one this machine can run");
+    return set_named(instruction_set).find(rule.c_str(), param, grad);
+}
+
+SquaresOfBlock find_squares(const std::string& instruction_set, Dtype grad) {
+    return set_named(instruction_set).squares(grad);
 }
 
 void Workspace::step(const Table& table, const Kernel& kernel, const StepArguments& arguments, int threads,

@@ -16,6 +16,9 @@ std::vector<std::string> instruction_sets();
 // Null where there is no such walk.
 const Kernel* find_kernel(const std::string& instruction_set, const std::string& rule, Dtype param, Dtype grad);
 
+// Throws as find_kernel does.
+SquaresOfBlock find_squares(const std::string& instruction_set, Dtype grad);
+
 // What a table's passes work with, kept from one to the next: room for what is computed once for each row, and how the
 // chunks are shared out.
 class Workspace {

@@ -1,7 +1,9 @@
 #define LF_ISA baseline
 #define LF_REGISTER_BYTES 16
+#include "squares.h"
 #include "walk.h"
 
 namespace lookahead_fused {
 const Kernel* find_baseline(const char* rule, Dtype param, Dtype grad) { return baseline::find(rule, param, grad); }
+SquaresOfBlock squares_baseline(Dtype grad) { return baseline::squares_of(grad); }
 }  // namespace lookahead_fused

@@ -10,7 +10,9 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../rules/numeric.h"
 #include "../table/dtypes.h"
+#include "runtime.h"
 
 namespace lookahead_fused {
 inline namespace LF_ISA {

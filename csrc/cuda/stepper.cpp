@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 #include "../rules/all.h"
 #include "../slow/all.h"
@@ -102,23 +103,37 @@ void Stepper::destroy_events() {
 
 void Stepper::step(const Table& table, const StepArguments& arguments, cudaStream_t stream) {
     const DeviceGuard guard(device_);
-    gather(table, arguments.pass);
-    if (!uploaded_ || std::memcmp(moving_.data(), on_device_.data(), moving_.size()) != 0) upload(stream);
+    send(table, arguments.pass, stream);
     launch(table, arguments, memory_.moving, stream);
 }
 
 void Stepper::capture(const Table& table, const StepArguments& arguments, std::byte* moving, cudaStream_t moving_stream,
                       cudaStream_t stream) {
     const DeviceGuard guard(device_);
-    gather(table, arguments.pass);
-    {
-        // Waited for: nothing orders the first replay, on whatever stream it is, after this.
-        const MayWait allowed;
-        check(cudaMemcpyAsync(moving, moving_.data(), moving_.size(), cudaMemcpyHostToDevice, moving_stream),
-              copied(moving_.size(), "gradients and groups"));
-        check(cudaStreamSynchronize(moving_stream), "cudaStreamSynchronize");
-    }
+    send_apart(table, arguments.pass, moving, moving_stream);
     launch(table, arguments, moving, stream);
+}
+
+void Stepper::sum_squares(const Table& table, const SquaresLaunch& launch, Dtype grad, cudaStream_t stream) {
+    const DeviceGuard guard(device_);
+    send(table, Pass::STEP, stream);
+    launch_squares_of(table, launch, grad, memory_.moving, stream);
+}
+
+void Stepper::capture_squares(const Table& table, const SquaresLaunch& launch, Dtype grad, std::byte* moving,
+                              cudaStream_t moving_stream, cudaStream_t stream) {
+    const DeviceGuard guard(device_);
+    send_apart(table, Pass::STEP, moving, moving_stream);
+    launch_squares_of(table, launch, grad, moving, stream);
+}
+
+void Stepper::launch_squares_of(const Table& table, SquaresLaunch launch, Dtype grad, const std::byte* moving,
+                                cudaStream_t stream) {
+    launch.gradients = reinterpret_cast<void* const*>(moving + Packed(table).gradients);
+    if (launch.block_count == 0) return;
+    check(launch_squares(grad, launch, stream), "launch of the squares of gradients in " +
+                                                    std::to_string(launch.block_count) + " blocks on device " +
+                                                    std::to_string(device_));
 }
 
 void Stepper::update_fixed(const Table& table, cudaStream_t stream) {
@@ -150,6 +165,20 @@ void Stepper::upload_fixed(const Table& table, size_t bytes, cudaStream_t stream
 void Stepper::gather(const Table& table, Pass pass) {
     check_table(table);
     pack_moving(table, pass, kernels_.of(pass).reads_gradient, moving_.data());
+}
+
+void Stepper::send(const Table& table, Pass pass, cudaStream_t stream) {
+    gather(table, pass);
+    if (!uploaded_ || std::memcmp(moving_.data(), on_device_.data(), moving_.size()) != 0) upload(stream);
+}
+
+void Stepper::send_apart(const Table& table, Pass pass, std::byte* moving, cudaStream_t moving_stream) {
+    gather(table, pass);
+    // Waited for: nothing orders the first replay, on whatever stream it is, after this.
+    const MayWait allowed;
+    check(cudaMemcpyAsync(moving, moving_.data(), moving_.size(), cudaMemcpyHostToDevice, moving_stream),
+          copied(moving_.size(), "gradients and groups"));
+    check(cudaStreamSynchronize(moving_stream), "cudaStreamSynchronize");
 }
 
 void Stepper::upload(cudaStream_t stream) {
@@ -197,6 +226,26 @@ void Stepper::check_launch(cudaError_t error, const char* which, const Kernel& k
     check(error, std::string("launch of the ") + which + " kernel of " + name_of(kernel) + " in " +
                      std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads on device " +
                      std::to_string(device_));
+}
+
+SquaresLaunch upload(const NormPlan& plan, Dtype grad, int device, std::byte* memory, cudaStream_t stream) {
+    const DeviceGuard guard(device);
+    const MayWait allowed;
+    check(load_norm(grad), "loading the kernels of a norm onto device " + std::to_string(device));
+    check(cudaMemcpyAsync(memory, plan.sent().data(), plan.sent().size(), cudaMemcpyHostToDevice, stream),
+          copied(plan.sent().size(), "blocks of a norm"));
+    SquaresLaunch launch{};
+    launch.blocks = reinterpret_cast<const Chunk*>(memory);
+    launch.block_count = plan.count;
+    launch.first_block = reinterpret_cast<const int64_t*>(memory + plan.first_block);
+    launch.done = reinterpret_cast<unsigned*>(memory + plan.done);
+    launch.partial = reinterpret_cast<double*>(memory + plan.partial);
+    return launch;
+}
+
+void make_clip(const ClipArguments& launch, int device, cudaStream_t stream) {
+    const DeviceGuard guard(device);
+    check(launch_clip(launch, stream), "launch of a clip on device " + std::to_string(device));
 }
 
 void retain_for_graph(cudaStream_t stream, void* object, void (*release)(void*)) {

@@ -11,8 +11,10 @@
 #include <string>
 #include <vector>
 
+#include "../table/norm_plan.h"
 #include "../table/table.h"
 #include "kernels.h"
+#include "norm.h"
 
 namespace lookahead_fused {
 
@@ -43,6 +45,9 @@ struct Memory {
     std::byte* pinned;
 };
 
+// Sends a plan to memory on a device, and tells where its parts lie there.
+SquaresLaunch upload(const NormPlan& plan, Dtype grad, int device, std::byte* memory, cudaStream_t stream);
+
 class Stepper {
    public:
     // Throws where the device is none of those that the kernels are built for.
@@ -60,6 +65,13 @@ class Stepper {
     void capture(const Table& table, const StepArguments& arguments, std::byte* moving, cudaStream_t moving_stream,
                  cudaStream_t stream);
 
+    // Writes what the squares of each row's gradient add up to, to launch.sums: a pass of its own before a step's.
+    void sum_squares(const Table& table, const SquaresLaunch& launch, Dtype grad, cudaStream_t stream);
+
+    // The same into a stream that is being captured; `moving` is as above.
+    void capture_squares(const Table& table, const SquaresLaunch& launch, Dtype grad, std::byte* moving,
+                         cudaStream_t moving_stream, cudaStream_t stream);
+
     // Sends rows and chunks again, as many as there were: a tensor of a row's state lies elsewhere than before.
     // Captured graphs read them too in their next replay. Throws where the stream is being captured.
     void update_fixed(const Table& table, cudaStream_t stream);
@@ -74,7 +86,12 @@ class Stepper {
     void check_table(const Table& table) const;
     void upload_fixed(const Table& table, size_t bytes, cudaStream_t stream);
     void gather(const Table& table, Pass pass);
+    // Has `moving` on the device as it is now.
+    void send(const Table& table, Pass pass, cudaStream_t stream);
+    void send_apart(const Table& table, Pass pass, std::byte* moving, cudaStream_t moving_stream);
     void upload(cudaStream_t stream);
+    void launch_squares_of(const Table& table, SquaresLaunch launch, Dtype grad, const std::byte* moving,
+                           cudaStream_t stream);
     void launch(const Table& table, const StepArguments& arguments, const std::byte* moving, cudaStream_t stream);
     void check_launch(cudaError_t error, const char* which, const Kernel& kernel, unsigned blocks, int threads) const;
 
@@ -92,6 +109,9 @@ class Stepper {
 // Keeps `object` until the graph that the stream is being captured into, and all that was made of it, is destroyed;
 // `release` is called then, on any thread, and must not call CUDA. It is called at once where this throws.
 void retain_for_graph(cudaStream_t stream, void* object, void (*release)(void*));
+
+// What the sums come to, on the current stream of a device.
+void make_clip(const ClipArguments& launch, int device, cudaStream_t stream);
 
 // Throws, with the driver's reason, where it has no kernels for a device. It makes a context there.
 void load_kernels(int device);

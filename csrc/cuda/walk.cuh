@@ -10,6 +10,7 @@
 #include "../table/prologue.h"
 #include "../table/walks.h"
 #include "kernels.h"
+#include "launch.cuh"
 #include "memory.cuh"
 
 namespace lookahead_fused {
@@ -302,16 +303,6 @@ __global__ void __launch_bounds__(CHUNK_THREADS, 1024 / CHUNK_THREADS) averaged(
     for (int i = whole + thread; i < chunk.count; i += CHUNK_THREADS) {
         Walk::template averaged_elements<1>(step, at, i);
     }
-}
-
-template <class... Arguments>
-cudaError_t launch(void (*kernel)(Arguments...), unsigned blocks, int threads, cudaStream_t stream,
-                   const Arguments&... arguments) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(threads);
-    config.stream = stream;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 template <class Rule, class P, class G>

@@ -6,9 +6,11 @@
 
 #include "../cpu/exchange.h"
 #include "../cpu/huge_pages.h"
+#include "../cpu/norm.h"
 #include "../cpu/parallel.h"
 #include "../cpu/step.h"
 #include "../rules/all.h"
+#include "addresses.h"
 #include "table_binding.h"
 #include "watch.h"
 
@@ -20,18 +22,28 @@ class Stepper {
    public:
     Stepper(const TableBinding& table, const std::string& instruction_set)
         : step_(kernel(table, instruction_set, table.rule(), table.grad_dtype())),
-          sync_(kernel(table, instruction_set, External::name, table.param_dtype())) {
+          sync_(kernel(table, instruction_set, External::name, table.param_dtype())),
+          squares_(find_squares(instruction_set, table.grad_dtype())) {
         if (table.view().row_count > 0 && table.device_type() != dlpack::CPU) {
             throw py::value_error("the CPU backend was given a table of tensors on another device");
         }
     }
 
-    // Where grad_scale is None the gradients are as they are. The interpreter's lock is kept: whoever waits for it may
-    // be about to move memory whose address was just read (a queue's feeder thread shares it, an offloader frees it).
-    void run(const TableBinding& table, std::optional<float> grad_scale, int threads, bool own_threads) {
-        const StepArguments arguments{grad_scale ? &*grad_scale : nullptr, nullptr, table.pass(), table.event_later()};
+    // Where grad_scale is None the gradients are as they are, and where clip is None all of them. The interpreter's
+    // lock is kept: whoever waits for it may be about to move memory whose address was just read (a queue's feeder
+    // thread shares it, an offloader frees it).
+    void run(const TableBinding& table, std::optional<float> grad_scale, std::optional<double> clip, int threads,
+             bool own_threads) {
+        const StepArguments arguments{grad_scale ? &*grad_scale : nullptr, nullptr, clip ? &*clip : nullptr,
+                                      table.pass(), table.event_later()};
         const Kernel& kernel = table.pass() == Pass::SYNC ? sync_ : step_;
         workspace_.step(table.view(), kernel, arguments, threads, own_threads);
+    }
+
+    // places and sums: addresses of an int64 for each row, and of an fp64 for each parameter of the optimizer.
+    void sum_squares(const TableBinding& table, uintptr_t places, uintptr_t sums, int threads, bool own_threads) {
+        norm_.sum(table.view(), squares_, reinterpret_cast<const int64_t*>(places), reinterpret_cast<double*>(sums),
+                  threads, own_threads);
     }
 
    private:
@@ -44,7 +56,9 @@ class Stepper {
 
     const Kernel& step_;
     const Kernel& sync_;
+    const SquaresOfBlock squares_;
     Workspace workspace_;
+    NormWorkspace norm_;
 };
 
 // Pairs of tensors of one dtype and layout, in CPU memory. Nothing has changed where this throws.
@@ -80,9 +94,18 @@ PYBIND11_MODULE(_cpu, module) {
         "prefer_huge_pages",
         [](uintptr_t address, size_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(address), bytes); },
         py::arg("address"), py::arg("bytes"));
+    module.def(
+        "make_clip",
+        [](uintptr_t sums, int64_t count, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t clip, uintptr_t skip,
+           uintptr_t skipped) { make_clip(clip_arguments(sums, count, grad_scale, found_inf, clip, skip, skipped)); },
+        py::arg("sums"), py::arg("count"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("clip"),
+        py::arg("skip"), py::arg("skipped"));
     module.def("exchange", &exchange_tensors, py::arg("tensor_type"), py::arg("pairs"), py::arg("threads"),
                py::arg("own_threads"));
     py::class_<Stepper>(module, "Stepper", py::module_local())
         .def(py::init<const TableBinding&, const std::string&>(), py::arg("table"), py::arg("instruction_set"))
-        .def("run", &Stepper::run, py::arg("table"), py::arg("grad_scale"), py::arg("threads"), py::arg("own_threads"));
+        .def("run", &Stepper::run, py::arg("table"), py::arg("grad_scale"), py::arg("clip"), py::arg("threads"),
+             py::arg("own_threads"))
+        .def("sum_squares", &Stepper::sum_squares, py::arg("table"), py::arg("places"), py::arg("sums"),
+             py::arg("threads"), py::arg("own_threads"));
 }

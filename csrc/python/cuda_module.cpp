@@ -9,6 +9,7 @@
 #include "../cuda/device.h"
 #include "../cuda/stepper.h"
 #include "../rules/external.h"
+#include "addresses.h"
 #include "table_binding.h"
 #include "watch.h"
 
@@ -20,11 +21,6 @@
 namespace lookahead_fused {
 namespace {
 
-template <class T = std::byte>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
 cudaStream_t stream_of(uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
 
 Kernels kernels_for(const TableBinding& table) {
@@ -33,8 +29,9 @@ Kernels kernels_for(const TableBinding& table) {
     return {*step, *find_kernel(External::name, table.param_dtype(), table.param_dtype())};
 }
 
-StepArguments arguments_of(const TableBinding& table, uintptr_t grad_scale, uintptr_t found_inf) {
-    return {pointer<float>(grad_scale), pointer<float>(found_inf), table.pass(), table.event_later()};
+StepArguments arguments_of(const TableBinding& table, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t clip) {
+    return {pointer<float>(grad_scale), pointer<float>(found_inf), pointer<double>(clip), table.pass(),
+            table.event_later()};
 }
 
 // What captured graphs held and let go of. They do so on any thread and in the midst of calls to CUDA, where no Python
@@ -107,11 +104,11 @@ class StepperBinding {
         return {sizes.fixed, sizes.moving};
     }
 
-    void step(const TableBinding& table, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t stream) {
+    void step(const TableBinding& table, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t clip, uintptr_t stream) {
         Dropped::release();
         const Table view = table.view();
         const py::gil_scoped_release released;
-        stepper_->step(view, arguments_of(table, grad_scale, found_inf), stream_of(stream));
+        stepper_->step(view, arguments_of(table, grad_scale, found_inf, clip), stream_of(stream));
     }
 
     void update_fixed(const TableBinding& table, uintptr_t stream) {
@@ -119,14 +116,47 @@ class StepperBinding {
     }
 
     // `owners` is kept as long as the graph.
-    void capture(const TableBinding& table, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t stream,
+    void capture(const TableBinding& table, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t clip, uintptr_t stream,
                  uintptr_t moving, uintptr_t moving_stream, py::object owners) {
         retain_for_graph(stream_of(stream), owners.release().ptr(), &Dropped::add);
-        stepper_->capture(table.view(), arguments_of(table, grad_scale, found_inf), pointer(moving),
+        stepper_->capture(table.view(), arguments_of(table, grad_scale, found_inf, clip), pointer(moving),
                           stream_of(moving_stream), stream_of(stream));
     }
 
+    // Has what a norm works in sent to memory of the plan's size, which `owner` keeps.
+    void make_norm(const TableBinding& table, int device, uintptr_t memory, py::object owner, uintptr_t stream) {
+        norm_ = upload(NormPlan(table.view()), table.grad_dtype(), device, pointer(memory), stream_of(stream));
+        norm_owner_ = std::move(owner);
+    }
+
+    // places and sums: addresses of an int64 for each row, and of an fp64 for each parameter of the optimizer.
+    void sum_squares(const TableBinding& table, uintptr_t places, uintptr_t sums, uintptr_t stream) {
+        Dropped::release();
+        const SquaresLaunch launch = norm_of(places, sums);
+        const Table view = table.view();
+        const py::gil_scoped_release released;
+        stepper_->sum_squares(view, launch, table.grad_dtype(), stream_of(stream));
+    }
+
+    void capture_squares(const TableBinding& table, uintptr_t places, uintptr_t sums, uintptr_t stream,
+                         uintptr_t moving, uintptr_t moving_stream, py::object owners) {
+        const SquaresLaunch launch = norm_of(places, sums);
+        retain_for_graph(stream_of(stream), owners.release().ptr(), &Dropped::add);
+        stepper_->capture_squares(table.view(), launch, table.grad_dtype(), pointer(moving), stream_of(moving_stream),
+                                  stream_of(stream));
+    }
+
    private:
+    SquaresLaunch norm_of(uintptr_t places, uintptr_t sums) const {
+        if (!norm_owner_) throw std::logic_error("a norm was asked for before it was planned");
+        SquaresLaunch launch = norm_;
+        launch.places = pointer<const int64_t>(places);
+        launch.sums = pointer<double>(sums);
+        return launch;
+    }
+
+    py::object norm_owner_;
+    SquaresLaunch norm_{};
     // Outlives the stepper, which waits for copies out of it.
     py::object owners_;
     std::unique_ptr<Stepper> stepper_;
@@ -145,6 +175,22 @@ PYBIND11_MODULE(LOOKAHEAD_FUSED_CUDA_MODULE, module) {
     module.attr("runtime_version") = CUDART_VERSION;
     module.def("device_count", &device_count);
     module.def("load_kernels", &load_kernels);
+    module.def(
+        "make_clip",
+        [](uintptr_t sums, int64_t count, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t clip, uintptr_t skip,
+           uintptr_t skipped, int device, uintptr_t stream) {
+            make_clip(clip_arguments(sums, count, grad_scale, found_inf, clip, skip, skipped), device,
+                      stream_of(stream));
+        },
+        py::arg("sums"), py::arg("count"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("clip"),
+        py::arg("skip"), py::arg("skipped"), py::arg("device"), py::arg("stream"));
+    // `owners` is kept as long as the graph that a stream is captured into.
+    module.def(
+        "retain_for_graph",
+        [](uintptr_t stream, py::object owners) {
+            retain_for_graph(stream_of(stream), owners.release().ptr(), &Dropped::add);
+        },
+        py::arg("stream"), py::arg("owners"));
     // Calls a function that may wait for the device, or allocate memory, while some stream is being captured.
     module.def("allowed_to_wait", [](const py::function& function) {
         const MayWait allowed;
@@ -156,8 +202,14 @@ PYBIND11_MODULE(LOOKAHEAD_FUSED_CUDA_MODULE, module) {
              py::arg("stream"), py::arg("owners"))
         .def_static("sizes", &StepperBinding::sizes, py::arg("table"))
         .def("step", &StepperBinding::step, py::arg("table"), py::arg("grad_scale"), py::arg("found_inf"),
+             py::arg("clip"), py::arg("stream"))
+        .def("make_norm", &StepperBinding::make_norm, py::arg("table"), py::arg("device"), py::arg("memory"),
+             py::arg("owner"), py::arg("stream"))
+        .def("sum_squares", &StepperBinding::sum_squares, py::arg("table"), py::arg("places"), py::arg("sums"),
              py::arg("stream"))
+        .def("capture_squares", &StepperBinding::capture_squares, py::arg("table"), py::arg("places"), py::arg("sums"),
+             py::arg("stream"), py::arg("moving"), py::arg("moving_stream"), py::arg("owners"))
         .def("update_fixed", &StepperBinding::update_fixed, py::arg("table"), py::arg("stream"))
         .def("capture", &StepperBinding::capture, py::arg("table"), py::arg("grad_scale"), py::arg("found_inf"),
-             py::arg("stream"), py::arg("moving"), py::arg("moving_stream"), py::arg("owners"));
+             py::arg("clip"), py::arg("stream"), py::arg("moving"), py::arg("moving_stream"), py::arg("owners"));
 }

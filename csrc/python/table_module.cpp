@@ -7,7 +7,9 @@
 
 #include "../rules/all.h"
 #include "../slow/all.h"
+#include "../table/norm_plan.h"
 #include "../table/packed.h"
+#include "addresses.h"
 #include "collected.h"
 #include "table_binding.h"
 
@@ -41,6 +43,7 @@ py::dict layout() {
     at["CHUNK"] = sizeof(Chunk);
     at["CHUNK_OFFSET"] = offsetof(Chunk, offset);
     at["CHUNK_ROW"] = offsetof(Chunk, row);
+    at["NORM_LANES"] = NORM_LANES;
     at["CHUNK_COUNT"] = offsetof(Chunk, count);
     at["PULLBACK_KEEP"] = static_cast<int>(Pullback::KEEP);
     at["PULLBACK_INTERPOLATE"] = static_cast<int>(Pullback::INTERPOLATE);
@@ -62,8 +65,6 @@ py::tuple columns() {
     }
     return py::tuple(all);
 }
-
-std::byte* bytes_at(uintptr_t address) { return reinterpret_cast<std::byte*>(address); }
 
 }  // namespace
 
@@ -96,6 +97,19 @@ void bind_table(py::module_& module) {
         .def_readonly("fixed", &Packed::fixed)
         .def_readonly("gradients", &Packed::gradients)
         .def_readonly("moving", &Packed::moving);
+    py::class_<NormPlan>(module, "NormPlan", py::module_local())
+        .def_readonly("count", &NormPlan::count)
+        .def_readonly("first_block", &NormPlan::first_block)
+        .def_readonly("done", &NormPlan::done)
+        .def_readonly("partial", &NormPlan::partial)
+        .def_readonly("bytes", &NormPlan::bytes)
+        .def_property_readonly("sent", [](const NormPlan& plan) { return plan.sent().size(); })
+        .def(
+            "pack",
+            [](const NormPlan& plan, uintptr_t to) {
+                if (!plan.sent().empty()) std::memcpy(pointer(to), plan.sent().data(), plan.sent().size());
+            },
+            py::arg("to"));
     py::enum_<TensorReader::Way>(module, "Way", py::module_local())
         .value("SHIM", TensorReader::Way::SHIM)
         .value("EXCHANGE_API", TensorReader::Way::EXCHANGE_API)
@@ -128,14 +142,15 @@ void bind_table(py::module_& module) {
         .def_property_readonly("way", &TableBinding::way)
         .def_property_readonly("row_count", [](const TableBinding& table) { return table.view().row_count; })
         .def_property_readonly("chunk_count", [](const TableBinding& table) { return table.view().chunk_count; })
+        .def("norm_plan", [](const TableBinding& table) { return NormPlan(table.view()); })
         .def("packed", [](const TableBinding& table) { return Packed(table.view()); })
         .def(
-            "pack_fixed", [](const TableBinding& table, uintptr_t to) { pack_fixed(table.view(), bytes_at(to)); },
+            "pack_fixed", [](const TableBinding& table, uintptr_t to) { pack_fixed(table.view(), pointer(to)); },
             py::arg("to"))
         .def(
             "pack_moving",
             [](const TableBinding& table, uintptr_t to) {
-                pack_moving(table.view(), table.pass(), table.reads_gradient(), bytes_at(to));
+                pack_moving(table.view(), table.pass(), table.reads_gradient(), pointer(to));
             },
             py::arg("to"));
 }

@@ -20,12 +20,13 @@ struct StepInputs {
     int64_t step;       // applied updates of this parameter, this one counted
     double lr;          // the group's learning rate, read from its tensor where it is one
     double grad_scale;  // what an AMP loss scaler multiplied the gradients by; 1 without one
+    double clip;        // what a clip by the global norm multiplies them by; 1 without one
     int32_t first;      // this is the parameter's first update, and its moments were not loaded
 };
 
 LF_HD double gradient_factor(bool maximize, const StepInputs& at) {
-    const double unscale = 1.0 / at.grad_scale;
-    return maximize ? -unscale : unscale;
+    const double factor = 1.0 / at.grad_scale * at.clip;
+    return maximize ? -factor : factor;
 }
 
 }  // namespace LF_ISA

@@ -24,21 +24,25 @@ template <class Type>
 struct DtypeOf;
 template <>
 struct DtypeOf<float> {
+    using Type = float;
     static constexpr Dtype value = Dtype::FLOAT32;
     static constexpr const char* name = "float32";
 };
 template <>
 struct DtypeOf<double> {
+    using Type = double;
     static constexpr Dtype value = Dtype::FLOAT64;
     static constexpr const char* name = "float64";
 };
 template <>
 struct DtypeOf<BFloat16> {
+    using Type = BFloat16;
     static constexpr Dtype value = Dtype::BFLOAT16;
     static constexpr const char* name = "bfloat16";
 };
 template <>
 struct DtypeOf<Float16> {
+    using Type = Float16;
     static constexpr Dtype value = Dtype::FLOAT16;
     static constexpr const char* name = "float16";
 };

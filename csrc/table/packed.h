@@ -17,6 +17,8 @@ namespace lookahead_fused {
 // Of each array in a block: what a 16-byte access wants, and more than any element type asks for.
 constexpr size_t PACKED_ALIGNMENT = 16;
 
+constexpr size_t padded(size_t bytes) { return (bytes + PACKED_ALIGNMENT - 1) / PACKED_ALIGNMENT * PACKED_ALIGNMENT; }
+
 struct Packed {
     explicit Packed(const Table& table)
         : chunks(padded(table.row_count * sizeof(Row))),
@@ -26,11 +28,6 @@ struct Packed {
 
     size_t chunks, fixed;      // in the first block: where the chunks begin, its size
     size_t gradients, moving;  // in the second: where the gradients begin, its size
-
-   private:
-    static constexpr size_t padded(size_t bytes) {
-        return (bytes + PACKED_ALIGNMENT - 1) / PACKED_ALIGNMENT * PACKED_ALIGNMENT;
-    }
 };
 
 inline void pack_fixed(const Table& table, std::byte* to) {

@@ -107,6 +107,7 @@ LF_HD void prepare(int32_t policy, const Group& group, const RowCounts& counts, 
     at.step = counts.applied + 1;
     at.lr = lr;
     at.grad_scale = arguments.grad_scale != nullptr ? *arguments.grad_scale : 1.0;
+    at.clip = arguments.clip != nullptr ? *arguments.clip : 1.0;
     at.first = counts.applied == 0 && counts.moments_loaded == 0;
     to.rule = Rule::template prepare<T>(group.rule, at);
 }

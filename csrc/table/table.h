@@ -118,6 +118,7 @@ enum class Pass : int32_t {
 struct StepArguments {
     const float* grad_scale;  // null, or what the gradients were multiplied by
     const float* found_inf;   // null, or non-zero: nothing at all may change
+    const double* clip;       // null, or what the gradients are multiplied by (norm.h)
     Pass pass;
     int32_t event_later;  // of a STEP: its policy's event is a SYNC's, which comes after it
 };

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import _build as build
+from .._norm import ClipOnDevice, address
 from .._parts import CompiledPart, Part, Spec
 from . import nvml
-from .gpu import UsedOn, moved_while_capturing, no_table_to_capture
+from .gpu import LentUsedOn, UsedOn, moved_while_capturing, no_table_to_capture
 
 NAME = "cuda"
 DEVICES: tuple[str, ...] = ("cuda",)
@@ -95,28 +96,72 @@ class Stepper:
             )
         self.moves = part.table.moves
         self.used_on = UsedOn(stream)
+        # Made where a norm is asked for.
+        self.norm: Tensor | None = None
+        self.sums_used_on, self.clip_used_on = LentUsedOn(), LentUsedOn()
 
-    def run(self, part: CompiledPart, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """One pass over the part's table, on the device's current stream, without waiting for it."""
+    def sum_squares(self, part: CompiledPart, places: Tensor, sums: Tensor) -> None:
+        """The sum of the squares of each row's gradient, to its parameter's place in `sums`, without waiting for it."""
+        with _current(self.device):
+            stream = self._used_on_stream()
+            capturing = _is_capturing(self.device)
+            if self.norm is None:
+                if capturing:
+                    raise RuntimeError(no_table_to_capture(self.device))
+                memory = torch.empty(part.table.norm_plan().bytes, dtype=torch.uint8, device=self.device)
+                self.native.make_norm(part.table, _index(self.device), memory.data_ptr(), memory, stream)
+                self.norm = memory
+                self.norm_used_on = UsedOn(stream)
+            self.norm_used_on.add(stream, (self.norm,), _used_on_current_stream)
+            self.sums_used_on.add(stream, (places, sums), _used_on_current_stream)
+            arguments = (part.table, places.data_ptr(), sums.data_ptr(), stream)
+            if not capturing:
+                self.native.sum_squares(*arguments)
+                return
+            moving, moving_stream = self._moving_apart()
+            owners = (part.table, self, moving, places, sums)
+            self.native.capture_squares(
+                *arguments, moving=moving.data_ptr(), moving_stream=moving_stream, owners=owners
+            )
+
+    def make_clip(self, part: CompiledPart, sums: Tensor, clip: ClipOnDevice) -> None:
+        """What all sums come to, in one launch."""
         with _current(self.device):
             stream = _stream(self.device)
-            self.used_on.add(stream, (self.fixed, self.moving), _used_on_current_stream)
+            self.clip_used_on.add(stream, clip.own, _used_on_current_stream)
+            if _is_capturing(self.device):
+                self.module.retain_for_graph(stream, (sums, clip.own))
+            self.module.make_clip(sums.data_ptr(), sums.numel(), *clip.addresses(), _index(self.device), stream)
+
+    def run(self, part: CompiledPart, grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None) -> None:
+        """One pass over the part's table, on the device's current stream, without waiting for it."""
+        with _current(self.device):
+            stream = self._used_on_stream()
             capturing = _is_capturing(self.device)
             if part.table.moves != self.moves:
                 if capturing:
                     raise RuntimeError(moved_while_capturing(self.device))
                 self.native.update_fixed(part.table, stream)
                 self.moves = part.table.moves
-            arguments = (part.table, _address(grad_scale), _address(found_inf), stream)
+            arguments = (part.table, address(grad_scale), address(found_inf), address(clip), stream)
             if not capturing:
                 self.native.step(*arguments)
                 return
             # What moves as it is now, in memory of the graph's own. Every replay reads that and this table, and writes
             # these tensors, so the graph keeps all.
-            apart = partial(_memory_apart, self.device, self.moving_bytes)
-            moving, moving_stream = self.module.allowed_to_wait(apart)
+            moving, moving_stream = self._moving_apart()
             owners = (part.table, self, moving, part.tensors())
             self.native.capture(*arguments, moving=moving.data_ptr(), moving_stream=moving_stream, owners=owners)
+
+    def _used_on_stream(self) -> int:
+        """The current stream, which the allocator knows from now on to use this memory."""
+        stream = _stream(self.device)
+        self.used_on.add(stream, (self.fixed, self.moving), _used_on_current_stream)
+        return stream
+
+    def _moving_apart(self) -> tuple[Tensor, int]:
+        apart: tuple[Tensor, int] = self.module.allowed_to_wait(partial(_memory_apart, self.device, self.moving_bytes))
+        return apart
 
 
 def covers(architectures: str, capability: tuple[int, int]) -> bool:
@@ -195,10 +240,6 @@ def _load_kernels(module: ModuleType, index: int) -> None:
     # current device back by making a context on it, which costs memory where this process has no use for that device.
     with _current(torch.device("cuda", index)):
         module.load_kernels(index)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 # ---- what is asked of torch's CUDA; the tests' stand-in for the runtime has its own answers

@@ -30,6 +30,19 @@ class UsedOn:
             self._streams.add(stream)
 
 
+class LentUsedOn:
+    """The same of tensors that a step is given, in most steps the same ones; all are new where the first of them is."""
+
+    def __init__(self) -> None:
+        self._first: Tensor | None = None
+
+    def add(self, stream: Any, tensors: tuple[Tensor, ...], tell: Callable[[Tensor], None]) -> None:
+        """As `UsedOn` does; what is new was made on this stream."""
+        if tensors[0] is not self._first:
+            self._first, self._used_on = tensors[0], UsedOn(stream)
+        self._used_on.add(stream, tensors, tell)
+
+
 def no_table_to_capture(device: torch.device) -> str:
     return (
         "this step cannot be captured in a CUDA graph: the step before it failed, and its table is not on "

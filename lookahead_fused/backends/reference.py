@@ -31,7 +31,7 @@ def part(spec: Spec) -> Part:
     return PlainPart(spec, step, sync)
 
 
-def step(row: Row, spec: Spec, grad_scale: float, event_later: bool) -> None:
+def step(row: Row, spec: Spec, grad_scale: float, clip: float, event_later: bool) -> None:
     """Advances one parameter by a step.
 
     The step counter and the sync decision are read by the host, so that this backend alone cannot be captured in a
@@ -58,7 +58,8 @@ def step(row: Row, spec: Spec, grad_scale: float, event_later: bool) -> None:
         }
         first = not row.moments_loaded and applied == 0
         g = row.gradient.to(row.compute_dtype)
-        p = RULES[spec.rule.name](hyper, steps, first, grad_scale, p, g, moments)
+        factor = _quotient(1.0, grad_scale) * clip
+        p = RULES[spec.rule.name](hyper, steps, first, -factor if hyper["maximize"] else factor, p, g, moments)
     slow = start if spec.rule.reads_gradient and steps == 1 else row.slow
     after = After(p, slow)
     if not event_later:
@@ -241,16 +242,11 @@ def _power(beta: float, n: int) -> float:
     return result
 
 
-def _gradient_factor(hyper: Mapping[str, Any], grad_scale: float) -> float:
-    factor = _quotient(1.0, grad_scale)
-    return -factor if hyper["maximize"] else factor
-
-
 def _adam(
     hyper: Mapping[str, Any],
     steps: int,
     first: bool,
-    grad_scale: float,
+    factor: float,
     p: Tensor,
     g: Tensor,
     moments: dict[str, Tensor],
@@ -258,7 +254,7 @@ def _adam(
     """Adam (Kingma and Ba 2015), AdamW (Loshchilov and Hutter 2019), AMSGrad (Reddi et al. 2018)."""
     beta1, beta2 = hyper["beta1"], hyper["beta2"]
     lr, weight_decay = float(hyper["lr"]), hyper["weight_decay"]
-    g = g * _gradient_factor(hyper, grad_scale)
+    g = g * factor
     if weight_decay != 0 and hyper["decoupled_weight_decay"]:
         p = p * (1.0 - lr * weight_decay)
     elif weight_decay != 0:
@@ -278,14 +274,14 @@ def _sgd(
     hyper: Mapping[str, Any],
     steps: int,
     first: bool,
-    grad_scale: float,
+    factor: float,
     p: Tensor,
     g: Tensor,
     moments: dict[str, Tensor],
 ) -> Tensor:
     """SGD with momentum, dampening and Nesterov's form, as torch.optim.SGD defines them."""
     lr, momentum = float(hyper["lr"]), hyper["momentum"]
-    g = g * _gradient_factor(hyper, grad_scale)
+    g = g * factor
     if hyper["weight_decay"] != 0:
         g = g + p * hyper["weight_decay"]
     if momentum != 0:
@@ -299,14 +295,14 @@ def _rmsprop(
     hyper: Mapping[str, Any],
     steps: int,
     first: bool,
-    grad_scale: float,
+    factor: float,
     p: Tensor,
     g: Tensor,
     moments: dict[str, Tensor],
 ) -> Tensor:
     """RMSprop (Tieleman and Hinton 2012), centered (Graves 2013) and with momentum, as torch.optim.RMSprop has them."""
     lr, alpha, momentum = float(hyper["lr"]), hyper["alpha"], float(hyper["momentum"])
-    g = g * _gradient_factor(hyper, grad_scale)
+    g = g * factor
     if hyper["weight_decay"] != 0:
         g = g + p * hyper["weight_decay"]
     moments["square_avg"] = second = moments["square_avg"] * alpha + (g * g) * (1.0 - alpha)
@@ -324,7 +320,7 @@ def _radam(
     hyper: Mapping[str, Any],
     steps: int,
     first: bool,
-    grad_scale: float,
+    factor: float,
     p: Tensor,
     g: Tensor,
     moments: dict[str, Tensor],
@@ -332,7 +328,7 @@ def _radam(
     """RAdam (Liu et al. 2020, algorithm 2) with either weight decay, as torch.optim.RAdam defines it."""
     beta1, beta2 = hyper["beta1"], hyper["beta2"]
     lr, weight_decay = float(hyper["lr"]), hyper["weight_decay"]
-    g = g * _gradient_factor(hyper, grad_scale)
+    g = g * factor
     if weight_decay != 0 and hyper["decoupled_weight_decay"]:
         p = p * (1.0 - lr * weight_decay)
     elif weight_decay != 0:
@@ -354,14 +350,14 @@ def _lion(
     hyper: Mapping[str, Any],
     steps: int,
     first: bool,
-    grad_scale: float,
+    factor: float,
     p: Tensor,
     g: Tensor,
     moments: dict[str, Tensor],
 ) -> Tensor:
     """Lion (Chen et al. 2023, algorithm 2)."""
     lr, beta1, beta2 = float(hyper["lr"]), hyper["beta1"], hyper["beta2"]
-    g = g * _gradient_factor(hyper, grad_scale)
+    g = g * factor
     m = moments["exp_avg"]
     p = p * (1.0 - lr * hyper["weight_decay"]) - _sign(m * beta1 + g * (1.0 - beta1)) * lr
     moments["exp_avg"] = m * beta2 + g * (1.0 - beta2)

@@ -22,9 +22,10 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _build as build
+from .._norm import ClipOnDevice
 from .._parts import CompiledPart, Part, Pass, Spec
 from .._tensors import compute_dtype, count_device
-from .gpu import UsedOn, moved_while_capturing, no_table_to_capture
+from .gpu import LentUsedOn, UsedOn, moved_while_capturing, no_table_to_capture
 
 NAME = "triton"
 # CUDA is AMD's ROCm too. For the last two there are drivers outside of Triton's own releases.
@@ -100,7 +101,9 @@ class Stepper:
             self.spare: Tensor | None = _pinned_with_leave(self.staged)
             # In place of what a step is not given.
             self.no_scale = torch.ones((), dtype=torch.float32, device=self.device)
+            self.no_clip = torch.ones((), dtype=torch.float64, device=self.device)
             self.no_inf = torch.zeros((), dtype=torch.float32, device=self.device)
+            self.no_count = torch.zeros((), dtype=torch.int64, device=self.device)
             self.rules = {name: self.kernels.RULES[name] for name in (spec.rule.name, "external")}
             self.policy = self.kernels.POLICIES[spec.policy.name]
             self.row_count, self.chunk_count = table.row_count, table.chunk_count
@@ -111,33 +114,74 @@ class Stepper:
             )
             self.warps = self.kernels.THREADS // _warp_size()
         self.compiled: set[Pass] = set()
+        # Made where a norm is asked for.
+        self.norm: Norm | None = None
+        self.sums_used_on, self.clip_used_on = LentUsedOn(), LentUsedOn()
 
-    def run(self, part: CompiledPart, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def sum_squares(self, part: CompiledPart, places: Tensor, sums: Tensor) -> None:
+        """The sum of the squares of each row's gradient, to its parameter's place in `sums`, without waiting for it."""
+        with _current(self.device):
+            capturing, moving = _is_capturing(self.device), self._moving(part)
+            self.sums_used_on.add(_stream(self.device), (places, sums), _used_on_current_stream)
+            if self.norm is None:
+                if capturing:
+                    raise RuntimeError(no_table_to_capture(self.device))
+                self.norm = Norm(part, self.device)
+            if capturing:
+                _keep_with(part, self.norm.memory, places, sums)
+            self.norm.sum_squares(moving, self.packed.gradients, places, sums)
+
+    def make_clip(self, part: CompiledPart, sums: Tensor, clip: ClipOnDevice) -> None:
+        """What all sums come to, in one launch."""
+        scale = self.no_scale if clip.grad_scale is None else clip.grad_scale
+        found_inf = self.no_inf if clip.found_inf is None else clip.found_inf
+        # In place of what is not asked for, something that is not written.
+        skip = self.no_inf if clip.skip is None else clip.skip
+        skipped = self.no_count if clip.skipped is None else clip.skipped
+        with _current(self.device):
+            self.clip_used_on.add(_stream(self.device), clip.own, _used_on_current_stream)
+            if _is_capturing(self.device):
+                _keep_with(part, sums, *clip.own)
+            arguments = (sums, sums.numel(), scale, found_inf, clip.clip, skip, skipped, int(clip.skip is not None))
+            _launched(norm_kernels().clip, 1, arguments, warps=1)
+
+    def run(self, part: CompiledPart, grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None) -> None:
         """One pass over the part's table, on the device's current stream, without waiting for it."""
         with _current(self.device):
-            memory = (self.fixed, self.moving, self.steps, self.no_scale, self.no_inf)
-            self.used_on.add(_stream(self.device), memory, _used_on_current_stream)
-            capturing = _is_capturing(self.device)
-            if part.table.moves != self.moves:
-                if capturing:
-                    raise RuntimeError(moved_while_capturing(self.device))
-                self._send_fixed(part)
-            part.table.pack_moving(self.staged.data_ptr())
-            moving = self._capture(part) if capturing else self._upload()
-            self._launch(part, moving, grad_scale, found_inf)
+            self._launch(part, self._moving(part), grad_scale, found_inf, clip)
 
-    def _launch(self, part: CompiledPart, moving: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _moving(self, part: CompiledPart) -> Tensor:
+        """What moves as it is now, on the device; a graph that is being captured gets it for itself."""
+        memory = (self.fixed, self.moving, self.steps, self.no_scale, self.no_clip, self.no_inf, self.no_count)
+        self.used_on.add(_stream(self.device), memory, _used_on_current_stream)
+        capturing = _is_capturing(self.device)
+        if part.table.moves != self.moves:
+            if capturing:
+                raise RuntimeError(moved_while_capturing(self.device))
+            self._send_fixed(part)
+        part.table.pack_moving(self.staged.data_ptr())
+        return self._capture(part) if capturing else self._upload()
+
+    def _launch(
+        self,
+        part: CompiledPart,
+        moving: Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        clip: Tensor | None,
+    ) -> None:
         spec = part.spec
         rule = self.rules["external" if part.pass_ is Pass.SYNC else spec.rule.name]
         grad_dtype = spec.param_dtype if rule is self.rules["external"] else spec.grad_dtype
         dtypes = self.kernels.DTYPES[spec.param_dtype], self.kernels.DTYPES[grad_dtype]
         scale = self.no_scale if grad_scale is None else grad_scale
+        factor = self.no_clip if clip is None else clip
         skip = self.no_inf if found_inf is None else found_inf
         row_programs = -(-self.row_count // self.kernels.ROWS.value)
         sizes = self.row_count, self.packed.gradients
         # As triton_kernels.rows takes it.
         pass_ = {Pass.STEP: 0, Pass.SYNC: 1, Pass.INNER: 2}[part.pass_]
-        rows = (self.fixed, moving, self.steps, scale, skip, *sizes, pass_, rule, self.policy)
+        rows = (self.fixed, moving, self.steps, scale, factor, skip, *sizes, pass_, rule, self.policy)
         places = self.packed.chunks, self.packed.gradients
         chunks = (self.fixed, moving, self.steps, skip, *places, rule, self.policy.averages)
         launches = (
@@ -186,10 +230,43 @@ class Stepper:
                 self.source, self.spare = self.spare.copy_(self.staged), None
         moving = torch.empty_like(self.moving)
         moving.copy_(self.source, non_blocking=True)
-        # Not the owners themselves: they would keep each other.
-        owners, tensors = part.tensors()
-        _captured.setdefault(owners[0], []).append((self, self.source, tensors))
+        _, tensors = part.tensors()
+        _keep_with(part, self, self.source, tensors)
         return moving
+
+
+def _keep_with(part: CompiledPart, *kept: Any) -> None:
+    """For a graph, as long as the part's first parameter is there: not the parameters, which would keep each other."""
+    owners, _ = part.tensors()
+    _captured.setdefault(owners[0], []).append(kept)
+
+
+class Norm:
+    """What a norm of a part's gradients works in, on its device."""
+
+    def __init__(self, part: CompiledPart, device: torch.device) -> None:
+        plan = part.table.norm_plan()
+        staged = _host_bytes(plan.bytes)
+        plan.pack(staged.data_ptr())
+        with _allowed_to_wait():
+            self.memory = staged.to(device)
+        self.device = device
+        self.count, self.places = plan.count, (plan.first_block, plan.done, plan.partial)
+        self.dtype = kernels().DTYPES[part.spec.grad_dtype]
+        self.used_on = UsedOn(_stream(device))
+
+    def sum_squares(self, moving: Tensor, gradients_at: int, places: Tensor, sums: Tensor) -> None:
+        self.used_on.add(_stream(self.device), (self.memory,), _used_on_current_stream)
+        arguments = (self.memory, moving, gradients_at, *self.places, places, sums, self.dtype)
+        if self.count:
+            # Two elements for each thread.
+            _launched(norm_kernels().squares, self.count, arguments, warps=max(1, 32 // _warp_size()))
+
+
+def _launched(kernel: Any, programs: int, arguments: tuple[Any, ...], warps: int) -> None:
+    # Machine code is loaded as it is first launched, which allocates memory.
+    with _allowed_to_wait():
+        kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False)
 
 
 def _pinned_with_leave(like: Tensor) -> Tensor:
@@ -225,6 +302,13 @@ def kernels() -> ModuleType:
     from . import triton_kernels
 
     return triton_kernels
+
+
+@functools.cache
+def norm_kernels() -> ModuleType:
+    from . import triton_norm
+
+    return triton_norm
 
 
 @functools.cache

@@ -93,12 +93,13 @@ def number_at(row, column: constexpr, active):
     return pointer, has, tl.load(pointer, mask=has, other=0.0)
 
 
-@triton.jit(do_not_specialize=["grad_scale", "found_inf", "row_count", "gradients_at", "pass_"])
+@triton.jit(do_not_specialize=["grad_scale", "clip", "found_inf", "row_count", "gradients_at", "pass_"])
 def rows(
     fixed,
     moving,
     steps,
     grad_scale,
+    clip,
     found_inf,
     row_count,
     gradients_at,
@@ -137,7 +138,8 @@ def rows(
     for j in tl.static_range(1, POLICY_NUMBERS):
         pointer, has, _ = number_at(row, ROW_AVERAGE_START + j * 8, active)
         tl.store(pointer, after[j], mask=has & advances)
-    values = slow + rule.prepare(of_rule, step, lr, tl.load(grad_scale).to(tl.float64), first)
+    factor = 1.0 / tl.load(grad_scale).to(tl.float64) * tl.load(clip)
+    values = slow + rule.prepare(of_rule, step, lr, factor, first)
     count: constexpr = SLOW_COEFFICIENTS + rule.coefficients
     for j in tl.static_range(count):
         tl.store(steps + i * count + j, values[j].to(steps.dtype.element_ty), mask=active)

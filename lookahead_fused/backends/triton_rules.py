@@ -29,7 +29,9 @@ native = build.module("_cpu")
 LAYOUT = {name: constexpr(value) for name, value in native.layout().items()}
 globals().update(LAYOUT)
 # All that compiled code comes from: this file, those beside it, and what they ask of the compiled module.
-_FILES = [Path(__file__).with_name(f"triton_{name}.py").read_bytes() for name in ("rules", "policies", "kernels")]
+_FILES = [
+    Path(__file__).with_name(f"triton_{name}.py").read_bytes() for name in ("rules", "policies", "kernels", "norm")
+]
 SOURCE = f"{_FILES} {native.layout()} {native.rules()} {native.policies()}"
 
 BEFORE_3_7 = tuple(int(number) for number in triton.__version__.split(".")[:2]) < (3, 7)
@@ -122,9 +124,8 @@ def lerp(factor, from_a, a, b):
 
 
 @triton.jit
-def gradient_factor(maximize, grad_scale):
-    unscale = 1.0 / grad_scale
-    return tl.where(maximize != 0, -unscale, unscale)
+def gradient_factor(maximize, factor):
+    return tl.where(maximize != 0, -factor, factor)
 
 
 # By this Triton finds compiled code on disk. Of functions in a tuple it would take the names alone, and serve a rule or
@@ -148,14 +149,14 @@ AdamCoefficients = namedtuple(
 
 
 @triton.jit
-def adam_prepare(hyper, step, lr, grad_scale, first):
+def adam_prepare(hyper, step, lr, factor, first):
     hyper = AdamHyper(*hyper)
     correction1 = 1.0 - power(hyper.beta1, step)
     correction2 = 1.0 - power(hyper.beta2, step)
     decays = hyper.weight_decay != 0
     exp_avg = lerp_with(1.0 - hyper.beta1)
     return AdamCoefficients(
-        gradient_factor=gradient_factor(hyper.maximize, grad_scale),
+        gradient_factor=gradient_factor(hyper.maximize, factor),
         decay=1.0 - lr * hyper.weight_decay,
         weight_decay=hyper.weight_decay,
         exp_avg_factor=exp_avg.factor,
@@ -199,10 +200,10 @@ SgdCoefficients = namedtuple(
 
 
 @triton.jit
-def sgd_prepare(hyper, step, lr, grad_scale, first):
+def sgd_prepare(hyper, step, lr, factor, first):
     hyper = SgdHyper(*hyper)
     return SgdCoefficients(
-        gradient_factor=gradient_factor(hyper.maximize, grad_scale),
+        gradient_factor=gradient_factor(hyper.maximize, factor),
         weight_decay=hyper.weight_decay,
         momentum=hyper.momentum,
         one_minus_dampening=1.0 - hyper.dampening,
@@ -239,11 +240,11 @@ RMSpropCoefficients = namedtuple(
 
 
 @triton.jit
-def rmsprop_prepare(hyper, step, lr, grad_scale, first):
+def rmsprop_prepare(hyper, step, lr, factor, first):
     hyper = RMSpropHyper(*hyper)
     grad_avg = lerp_with(1.0 - hyper.alpha)
     return RMSpropCoefficients(
-        gradient_factor=gradient_factor(hyper.maximize, grad_scale),
+        gradient_factor=gradient_factor(hyper.maximize, factor),
         weight_decay=hyper.weight_decay,
         alpha=hyper.alpha,
         one_minus_alpha=1.0 - hyper.alpha,
@@ -292,7 +293,7 @@ RAdamCoefficients = namedtuple(
 
 
 @triton.jit
-def radam_prepare(hyper, step, lr, grad_scale, first):
+def radam_prepare(hyper, step, lr, factor, first):
     hyper = RAdamHyper(*hyper)
     power2 = power(hyper.beta2, step)
     correction2 = 1.0 - power2
@@ -300,19 +301,19 @@ def radam_prepare(hyper, step, lr, grad_scale, first):
     rho = rho_inf - 2.0 * step.to(tl.float64) * power2 / correction2
     rectified = rho > 5.0
     rectification = (rho - 4.0) * (rho - 2.0) * rho_inf / ((rho_inf - 4.0) * (rho_inf - 2.0) * rho)
-    factor = tl.where(rectified, square_root(rectification * correction2), 1.0)
+    adaptive = tl.where(rectified, square_root(rectification * correction2), 1.0)
     correction1 = 1.0 - power(hyper.beta1, step)
     decays = hyper.weight_decay != 0
     exp_avg = lerp_with(1.0 - hyper.beta1)
     return RAdamCoefficients(
-        gradient_factor=gradient_factor(hyper.maximize, grad_scale),
+        gradient_factor=gradient_factor(hyper.maximize, factor),
         decay=1.0 - lr * hyper.weight_decay,
         weight_decay=hyper.weight_decay,
         exp_avg_factor=exp_avg.factor,
         exp_avg_from_a=exp_avg.from_a,
         beta2=hyper.beta2,
         one_minus_beta2=1.0 - hyper.beta2,
-        step_size=lr / correction1 * factor,
+        step_size=lr / correction1 * adaptive,
         eps=hyper.eps,
         l2=decays & (hyper.decoupled_weight_decay == 0),
         decoupled=decays & (hyper.decoupled_weight_decay != 0),
@@ -346,10 +347,10 @@ LionCoefficients = namedtuple(
 
 
 @triton.jit
-def lion_prepare(hyper, step, lr, grad_scale, first):
+def lion_prepare(hyper, step, lr, factor, first):
     hyper = LionHyper(*hyper)
     return LionCoefficients(
-        gradient_factor=gradient_factor(hyper.maximize, grad_scale),
+        gradient_factor=gradient_factor(hyper.maximize, factor),
         decay=1.0 - lr * hyper.weight_decay,
         lr=lr,
         beta1=hyper.beta1,
@@ -373,7 +374,7 @@ def lion_update(c, p, g, moments):
 
 
 @triton.jit
-def external_prepare(hyper, step, lr, grad_scale, first):
+def external_prepare(hyper, step, lr, factor, first):
     return ()
 
 

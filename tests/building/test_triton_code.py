@@ -94,14 +94,36 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @functools.cache
 def compiled(target: str, kernel: str, rule: str, param: torch.dtype, grad: torch.dtype) -> Any:
     """A kernel as the backend would have it compiled, from the second step on as from the first."""
-    import triton
+    kernels = triton_backend.kernels()
+    warps = 1 if kernel == "rows" else kernels.THREADS // gpu(target).warp_size
+    return compiled_for(target, source(kernels, kernel, rule, param, grad), warps)
+
+
+@functools.cache
+def compiled_norm(target: str, kernel: str, grad: torch.dtype) -> Any:
+    """The same of a kernel of `backends/triton_norm.py`."""
+    from triton.compiler import ASTSource
+
+    numbers = dict.fromkeys(("gradients_at", "first_block_at", "done_at", "partial_at", "skips"), "i32")
+    types = {**numbers, "plan": "*u8", "moving": "*u8", "places": "*i64", "skipped": "*i64", "count": "i64"}
+    types |= dict.fromkeys(("sums", "clip"), "*fp64") | dict.fromkeys(("grad_scale", "found_inf", "skip"), "*fp32")
+    function = getattr(triton_backend.norm_kernels(), kernel)
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    constants = {"G": triton_backend.kernels().DTYPES[grad]} if "G" in signature else {}
+    warps = max(1, 32 // gpu(target).warp_size) if kernel == "squares" else 1
+    return compiled_for(target, ASTSource(function, signature, constexprs=constants), warps)
+
+
+def gpu(target: str) -> Any:
     from triton.backends.compiler import GPUTarget
 
-    gpu = GPUTarget("hip", target, 64) if target in AMD else GPUTarget("cuda", NVIDIA[target], 32)
-    kernels = triton_backend.kernels()
-    warps = 1 if kernel == "rows" else kernels.THREADS // gpu.warp_size
-    options = {"enable_fp_fusion": False, "num_warps": warps}
-    return triton.compile(source(kernels, kernel, rule, param, grad), target=gpu, options=options)
+    return GPUTarget("hip", target, 64) if target in AMD else GPUTarget("cuda", NVIDIA[target], 32)
+
+
+def compiled_for(target: str, asked: Any, warps: int) -> Any:
+    import triton
+
+    return triton.compile(asked, target=gpu(target), options={"enable_fp_fusion": False, "num_warps": warps})
 
 
 def source(kernels: ModuleType, kernel: str, rule: str, param: torch.dtype, grad: torch.dtype) -> Any:
@@ -111,6 +133,7 @@ def source(kernels: ModuleType, kernel: str, rule: str, param: torch.dtype, grad
     types = {"fixed": "*u8", "moving": "*u8", "steps": "*fp64" if param == FP64 else "*fp32"}
     types |= {
         "grad_scale": "*fp32",
+        "clip": "*fp64",
         "found_inf": "*fp32",
         "row_count": "i32",
         "chunks_at": "i32",
@@ -148,6 +171,9 @@ def every_kernel(target: str) -> Iterator[tuple[str, Any]]:
         yield where, walk
         if param in (FP32, FP64):
             yield f"rows of {where}", compiled(target, "rows", rule, param, grad)
+    for grad in (FP32, BF16, FP16, FP64) if target == IN_FULL else (BF16,):
+        yield f"squares of {grad} on {target}", compiled_norm(target, "squares", grad)
+    yield f"clip on {target}", compiled_norm(target, "clip", FP64)
 
 
 def sizes(rule: str, param: torch.dtype, grad: torch.dtype) -> dict[str, tuple[int, int]]:
@@ -198,7 +224,7 @@ def test_no_edited_kernel_is_taken_from_disk(
         # Not from a file of bytecode, which is told from its source by seconds and a size.
         monkeypatch.setattr(sys, "dont_write_bytecode", True)
         linecache.clearcache()
-        *_, module = triton_on_host.kernels_again(tmp_path)
+        _, _, module, _ = triton_on_host.kernels_again(tmp_path)
         found: str = source(module, kernel, "adam", FP32, FP32).hash()
         return found
 

@@ -22,7 +22,9 @@ from lookahead_fused.backends.triton import too_old
 
 NAME = "triton-host"
 # What compiled code comes from, each file after those that it imports.
-ROOMS = ("rules", "policies", "kernels")
+# Kernels; the rest are functions that they call.
+LAUNCHED = ("rows", "chunks", "squares", "clip")
+ROOMS = ("rules", "policies", "kernels", "norm")
 # The first whose interpreter takes a number out of NumPy's arrays as every NumPy allows, and leaves the language as it
 # was, so that kernels can be compiled afterwards.
 INTERPRETS = (3, 7)
@@ -59,9 +61,18 @@ def _version() -> str:
     return importlib.metadata.version(name)
 
 
-@functools.cache
 def kernels() -> ModuleType:
     """A second `backends/triton_kernels.py` over a second one of what it imports, interpreted."""
+    return interpreted()[0]
+
+
+def norm_kernels() -> ModuleType:
+    """The same of `backends/triton_norm.py`."""
+    return interpreted()[1]
+
+
+@functools.cache
+def interpreted() -> tuple[ModuleType, ModuleType]:
     import triton
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction, interpreter_builder, interpreter_semantic
@@ -73,14 +84,14 @@ def kernels() -> ModuleType:
     before = triton.knobs.runtime.interpret
     triton.knobs.runtime.interpret = True
     try:
-        rules, policies, module = kernels_again()
+        rules, policies, module, norm = kernels_again()
     finally:
         triton.knobs.runtime.interpret = before
-    for room in (rules, policies, module):
+    for room in (rules, policies, module, norm):
         for name, value in list(vars(room).items()):
             # Called from within a kernel, the interpreter's function prepares Triton's whole language anew each time.
             if isinstance(value, InterpretedFunction):
-                setattr(room, name, replay.Kernel(value) if name in ("rows", "chunks") else value.rewrite())
+                setattr(room, name, replay.Kernel(value) if name in LAUNCHED else value.rewrite())
     for told, room in ((module.RULES, rules), (module.POLICIES, policies)):
         for name, constants in told.items():
             functions = {field: f for field, f in constants._asdict().items() if hasattr(f, "__name__")}
@@ -90,7 +101,12 @@ def kernels() -> ModuleType:
     rules.is_in_assembly = lambda: False
     # Triton's own library was imported to be compiled; of its functions this is the only one that is called.
     rules.largest = lambda n: tl.tensor(interpreter_semantic.builder.create_largest(n.handle), n.dtype)
-    return module
+    # Of two results of one call the builder's replay knows nothing.
+    norm.halves = lambda lanes, half: tl.tensor(
+        interpreter_semantic.builder.create_halves(lanes.handle),
+        tl.float64 if lanes.shape[0] == 2 else tl.block_type(tl.float64, [lanes.shape[0] // 2]),
+    )
+    return module, norm
 
 
 def _correct(builder: Any) -> None:
@@ -119,6 +135,9 @@ def _correct(builder: Any) -> None:
         return made
 
     builder.cast_impl, builder.create_splat = cast_impl, create_splat
+    builder.create_halves = lambda value: TensorHandle(
+        value.data[: len(value.data) // 2] + value.data[len(value.data) // 2 :], value.dtype
+    )
     builder.create_largest = lambda value: TensorHandle(value.data.max(keepdims=True), value.dtype)
 
 
@@ -128,6 +147,7 @@ def backend() -> ModuleType:
     module: Any = _again("triton")
     module.NAME, module.DEVICES = NAME, ("cpu",)
     module.kernels = kernels
+    module.norm_kernels = norm_kernels
     module.unavailable = lambda device=None: missing()
     module._current = lambda device: nullcontext()
     module._stream = lambda device: 0
