@@ -342,8 +342,8 @@ def test_a_backend_with_other_bits_is_found_out(monkeypatch: pytest.MonkeyPatch)
         pytest.skip(build.reason("_cpu"))
     exact = cpu.Stepper.run
 
-    def off_by_a_bit(self, part, grad_scale, found_inf) -> None:  # type: ignore[no-untyped-def]
-        exact(self, part, grad_scale, found_inf)
+    def off_by_a_bit(self, part, grad_scale, found_inf, clip) -> None:  # type: ignore[no-untyped-def]
+        exact(self, part, grad_scale, found_inf, clip)
         for param in part.tensors()[0]:
             param[0] = torch.nextafter(param[0], torch.tensor(9.0))
 
