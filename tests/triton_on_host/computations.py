@@ -163,7 +163,7 @@ class Writer:
         return f"{memory}.load({self.array(pointer)}, {mask}, {other}, {self.constant(form.data)})"
 
     def create_masked_store(self, form: None, *given: Any) -> str:
-        pointer, value, mask, _ = given
+        pointer, value, mask, *_ = given
         memory = self.constant(interpreter._interpreter)
         return f"{memory}.store({self.array(pointer)}, {self.array(value)}, {self.array(mask)})"
 
