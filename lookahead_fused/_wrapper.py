@@ -214,7 +214,8 @@ class Wrapper(SlowWeights):
             for name, value in forwarded.items():
                 setattr(base, name, value)
             try:
-                with nullcontext() if clip is None else clipped(self.param_groups, clip):
+                scaling = clip if self._norm.max_grad_norm is not None else None
+                with nullcontext() if scaling is None else clipped(self.param_groups, scaling):
                     loss = self._step_base(closure, started)
             finally:
                 for name in forwarded:

@@ -314,6 +314,7 @@ class Recorder(torch.optim.SGD):
     """A base that is not fused and keeps the gradients that it saw."""
 
     def step(self, closure: Any = None) -> Any:
+        self.given = [p.grad for group in self.param_groups for p in group["params"]]
         self.seen = [p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None]
         if getattr(self, "fails", False):
             raise FloatingPointError("the base's own")
@@ -374,8 +375,9 @@ def test_a_closure_around_a_base_is_evaluated_once(wrapper: Any) -> None:
 def test_a_base_that_skips_makes_no_step() -> None:
     params = make_params([(40,)])
     optimizer = Lookahead(Recorder(params, lr=0.1, momentum=0.9), k=1, skip_nonfinite=True)
-    give_gradients(params, 0)
+    gradients = give_gradients(params, 0)
     optimizer.step()
+    assert optimizer.base_optimizer.given[0] is gradients[0], "nothing is clipped, and yet it was copied"
     params[0].grad[3] = math.nan
     before = snapshot(optimizer)
     optimizer.step()
