@@ -137,7 +137,7 @@ sanitize-cpu: $(VENV)/.extra-test ## the suite over a CPU module with ASan and U
 gpu-report: $(GPU_NEEDS) ## all that a GPU is for, in stages, into OUT (SYSTEM=1: no environment, no network)
 	@$(GPU_PY) -m bench.gpu.stages --out $(OUT) --only $(STAGE) $(if $(ON_SYSTEM),--build) -- $(ARGS)
 
-test-versions: $(VENV)/.python ## the tests of the package, from wheels, under each of VERSIONS (QUICK=1: a part of them)
+test-versions: $(VENV)/.built ## the tests of the package, from wheels, under each of VERSIONS (QUICK=1: a part of them)
 	$(PY) tests/versions.py $(if $(filter-out 0,$(QUICK)),--quick) $(if $(WHEEL),--wheel $(WHEEL)) $(VERSIONS) \
 	  -- $(SHARED) --benchmark-disable $(APART:%=--ignore $(CURDIR)/tests/%) $(ARGS)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,20 @@ def test_a_wheel_that_is_not_there_is_refused(wheel: Path, capsys: pytest.Captur
 def test_arguments_of_pytest_come_last() -> None:
     assert versions.split(["2.6.0", "--", "-k", "rules"]) == (["2.6.0"], ["-k", "rules"])
     assert versions.split(["2.6.0"]) == (["2.6.0"], ())
+
+
+def test_what_its_own_environment_has_compiled_is_not_compiled_again(
+    wheel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any other Python's environment has nothing to build with, and pip makes one."""
+    isolated: dict[str, bool] = {}
+
+    def builds(command: list[object], *, check: bool) -> None:
+        place = Path(str(command[command.index("--wheel-dir") + 1]))
+        place.mkdir(parents=True)
+        (place / "package.whl").touch()
+        isolated[str(command[0])] = "--no-build-isolation" not in command
+
+    monkeypatch.setattr(subprocess, "run", builds)
+    assert [versions.built(python).name for python in (sys.executable, "/there/python0.9")] == ["package.whl"] * 2
+    assert isolated == {sys.executable: False, "/there/python0.9": True}
