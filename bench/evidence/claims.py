@@ -169,6 +169,11 @@ def answer(condition: Condition, figure: Figure, adjusted: float) -> Answer:
     return "no" if high <= margin else "open"
 
 
+def pattern(glob: str) -> re.Pattern[str]:
+    """Of a name in which each star stands for any text; nothing else is special."""
+    return re.compile("(.*)".join(re.escape(part) for part in glob.split("*")))
+
+
 def _adjusted(claims: Sequence[Claim], figures: Mapping[str, Figure]) -> dict[str, float]:
     """p-values after Holm's correction over all sampled figures that a claim compares; exact ones need none."""
     compared = sorted(
@@ -206,20 +211,15 @@ def _verdict(claim: Claim, figures: Mapping[str, Figure], adjusted: Mapping[str,
 
 
 def _matching(condition: Condition, figures: Mapping[str, Figure]) -> list[str]:
-    pattern = _pattern(condition.figure)
-    return sorted(name for name in figures if pattern.fullmatch(name))
+    form = pattern(condition.figure)
+    return sorted(name for name in figures if form.fullmatch(name))
 
 
 def _label(condition: Condition, name: str) -> str:
     """The condition's own label, and for a glob what its stars stand for in this figure's name."""
-    found = _pattern(condition.figure).fullmatch(name)
+    found = pattern(condition.figure).fullmatch(name)
     stars = [part for part in found.groups() if part] if found else []
     return f"{condition.when} ({', '.join(stars)})" if stars else condition.when
-
-
-def _pattern(glob: str) -> re.Pattern[str]:
-    """Of a name in which each star stands for any text; nothing else is special."""
-    return re.compile("(.*)".join(re.escape(part) for part in glob.split("*")))
 
 
 def _claim(entry: Mapping[str, Any]) -> Claim:
