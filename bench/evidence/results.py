@@ -54,18 +54,12 @@ def collect(experiments: Sequence[Experiment], scale: Scale, records: Records) -
 
 def save(results: Results, path: Path) -> None:
     """Numbers with eight digits; a bound of an interval that is not known is null."""
-    content = {
-        "format": FORMAT,
-        "conditions": dict(results.conditions),
-        "seconds": dict(results.seconds),
-        "figures": [_plain(figure) for figure in results.figures],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
+    head = {"format": FORMAT, "conditions": dict(results.conditions), "seconds": dict(results.seconds)}
     # A line a figure: what a new run changed is seen in a diff.
-    lines = ",\n".join("  " + json.dumps(figure, ensure_ascii=False, allow_nan=False) for figure in content["figures"])
-    head = {key: value for key, value in content.items() if key != "figures"}
-    text = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
-    path.write_text(f'{text[:-2]},\n "figures": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    lines = [json.dumps(_plain(figure), ensure_ascii=False, allow_nan=False) for figure in results.figures]
+    text = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False).removesuffix("\n}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + ',\n "figures": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n", encoding="utf-8")
 
 
 def load(path: Path) -> Results:

@@ -25,7 +25,7 @@ class Failure:
 
 
 def run(experiments: Sequence[Experiment], scale: Scale, records: Records, console: Console) -> list[Failure]:
-    """Run what is not recorded yet. An experiment ends at its first job that raises; the others are run all the same."""
+    """Run what is not recorded yet. An experiment ends at its first job that raises; the others are still run."""
     failures = []
     columns = (
         TextColumn("{task.description}", markup=False),
