@@ -129,9 +129,10 @@ def judge(claims: Sequence[Claim], figures: Sequence[Figure]) -> list[Verdict]:
     return [_verdict(claim, named, adjusted) for claim in claims]
 
 
-def failed(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """Claims that must hold, have figures, and do not hold."""
-    return [verdict for verdict in verdicts if verdict.claim.must and verdict.outcome not in ("holds", "untested here")]
+def failed(verdicts: Sequence[Verdict], *, all_run: bool) -> list[Verdict]:
+    """Claims that must hold and do not; `all_run`: where every experiment was run, none may be untested either."""
+    passing = {"holds"} if all_run else {"holds", "untested here"}
+    return [verdict for verdict in verdicts if verdict.claim.must and verdict.outcome not in passing]
 
 
 def load(path: Path = ENTRIES) -> list[Claim]:

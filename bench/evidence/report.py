@@ -6,8 +6,9 @@ import base64
 import html
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import get_args
 
-from bench.evidence.claims import Finding, Verdict
+from bench.evidence.claims import Finding, Outcome, Verdict
 from bench.evidence.figures import Figure, Picture
 from bench.evidence.forest import forest, interval, number
 from bench.evidence.results import Results
@@ -82,8 +83,9 @@ def described(results: Results) -> str:
 def summary(verdicts: Sequence[Verdict]) -> str:
     """How many claims have which verdict."""
     counts = Counter(verdict.outcome for verdict in verdicts)
-    order = ("holds", "holds when", "does not hold", "undecided", "untested here")
-    return f"{len(verdicts)} claims: " + ", ".join(f"{counts[name]} {name}" for name in order if counts[name])
+    return f"{len(verdicts)} claims: " + ", ".join(
+        f"{counts[name]} {name}" for name in get_args(Outcome) if counts[name]
+    )
 
 
 def _figures(verdict: Verdict) -> str:
