@@ -116,15 +116,15 @@ def test_equivalence_needs_the_whole_interval_within_the_margin(low: float, high
 
 @pytest.mark.parametrize("n", [5, FEW - 1, FEW, 24])
 def test_intervals_hold_the_truth_as_often_as_they_say(n: int, monkeypatch: pytest.MonkeyPatch):
-    """Of 400 normal samples 95 %, which has a standard error of 1.1 %, less what a bootstrap of few lacks."""
-    monkeypatch.setattr(statistics, "RESAMPLES", 799)
+    """Of 200 normal samples 95 %, which has a standard error of 1.5 %, less what a bootstrap of few lacks."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 399)
     rng = np.random.default_rng(n)
     zeros = [0.0] * n
     held = [
         found.low <= 0 <= found.high
-        for found in (paired("x", rng.standard_normal(n), zeros, unit="", better=1) for _ in range(400))
+        for found in (paired("x", rng.standard_normal(n), zeros, unit="", better=1) for _ in range(200))
     ]
-    assert 0.915 < np.mean(held) < 0.98
+    assert 0.9 < np.mean(held) < 0.99
 
 
 def test_holm_keeps_the_rate_of_any_false_alarm():
