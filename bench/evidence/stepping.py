@@ -7,7 +7,7 @@ steady state and its mean under noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +137,7 @@ def impulse_variance(method: Method, curvatures: Array, lr: float) -> Array:
         kicks[(place, 0, place) if method.workers > 1 else (place, place)] = 1
     total = torch.zeros(len(curvatures), dtype=torch.float64)
     slowest = float(radius(cycle(method, curvatures, lr)[0]).max())
-    for number in range(math.ceil(16 / -math.log(slowest))):
+    for number in range(math.ceil(14 / -math.log(slowest))):
         run.cycle((lambda inner: kicks[inner]) if number == 0 else _silence)
         total += run.slow().square().sum(0)
     # Each worker's kicks get the same answer.
@@ -212,14 +212,6 @@ def sample(
         replicas=replicas,
         cycles=cycles,
     )
-
-
-def paths(method: Method, curvature: Array, lr: float, cycles: int) -> Iterator[Array]:
-    """φ [curvatures] after each cycle of a run without noise from 1."""
-    run = Run(method, lr, torch.ones(len(curvature), dtype=torch.float64), torch.from_numpy(curvature))
-    for _ in range(cycles):
-        run.cycle(_silence)
-        yield run.slow().numpy().copy()
 
 
 def _silence(_: int) -> None:
