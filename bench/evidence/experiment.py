@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from bench.evidence.figures import Figure, Picture
     from bench.evidence.records import Records
 
-JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
+JSON: TypeAlias = "bool | int | float | str | list[JSON] | dict[str, JSON] | None"
 
 
 class Scale(Enum):
