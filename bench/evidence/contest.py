@@ -54,6 +54,7 @@ class Contest:
         score: what tuning maximises, of an outcome.
         cost: seconds of a run of one seed.
         fixed: points, by a label, at which all arms are compared untuned.
+        untuned: further arms, which are compared there alone.
     """
 
     key: Mapping[str, JSON]
@@ -65,27 +66,33 @@ class Contest:
     score: Callable[[Outcome], float]
     cost: float
     fixed: tuple[tuple[str, Point], ...] = ()
+    untuned: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if set(self.tuning) & set(self.fresh):
             raise ValueError(f"seeds {sorted(set(self.tuning) & set(self.fresh))} both tune and confirm")
 
     def jobs(self, get: Get) -> Iterator[Job]:
-        """In order: the fixed points, then of each arm its tuning and its confirmation. Ends early at a job that depends
-        on a result that is not there."""
+        """In order: the fixed points, then of each arm its tuning and its confirmation. What depends on results that
+        are not there yet is left out."""
         for _, point in self.fixed:
-            for arm in self.arms:
+            for arm in (*self.arms, *self.untuned):
                 yield self._job(arm, point, self.fresh)
         for arm in self.arms:
-            for point in self._start():
+            yield from self._tuned(arm, get)
+
+    def _tuned(self, arm: str, get: Get) -> Iterator[Job]:
+        wanted = self._start()
+        for _ in range(1 + self.grid.widen):
+            for point in wanted:
                 yield self._job(arm, point, self.tuning)
-            for _ in range(self.grid.widen):
-                beyond = self._beyond(arm, get)
-                for point in beyond:
-                    yield self._job(arm, point, self.tuning)
-            best = self.best(arm, get)
-            if best is None:
+            if any(self.outcome(arm, point, self.tuning, get) is None for point in wanted):
                 return
+            wanted = self._beyond(arm, get)
+            if not wanted:
+                break
+        best = self.best(arm, get)
+        if best is not None:
             yield self._job(arm, best, self.fresh)
 
     def best(self, arm: str, get: Get) -> Point | None:

@@ -85,7 +85,6 @@ class Plan:
     fresh: int
     k: int = 8
     batch: int = 64
-    cost: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class Workers:
             fresh=tuple(range(plan.fresh)),
             run=partial(self.run, plan, count),
             score=lambda outcome: -float(np.mean(outcome["final"])),
-            cost=plan.cost,
+            cost=plan.steps * 2.5e-4,
         )
 
     def run(self, plan: Plan, count: int, arm: str, point: Point, seeds: Sequence[int]) -> Outcome:
@@ -332,20 +331,18 @@ SGD_LRS = (0.05, 0.1, 0.2, 0.4, 0.8)
 ADAMW_LRS = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
-def plans(lrs: tuple[float, ...], betas: tuple[float, ...], counts: tuple[int, ...]) -> dict[Scale, Plan]:
-    few = tuple(count for count in counts if count in (1, 4, 16))
+def plans(lrs: tuple[float, ...], betas: tuple[float, ...], main: bool = False) -> dict[Scale, Plan]:
+    few, all_ = ((1, 4, 16), (1, 2, 4, 8, 16)) if main else ((1, 4), (1, 4, 16))
     return {
-        Scale.SMOKE: Plan(few[:2], steps=16, grid=Grid(lrs[2:4], betas[-1:], 0), tuning=2, fresh=6),
+        Scale.SMOKE: Plan((1, 4) if main else (4,), steps=16, grid=Grid(lrs[2:4], betas[-1:], 0), tuning=2, fresh=6),
         Scale.QUICK: Plan(few, steps=120, grid=Grid(lrs, betas[-1:], 1), tuning=3, fresh=20),
-        Scale.FULL: Plan(counts, steps=320, grid=Grid(lrs, betas, 3), tuning=6, fresh=24),
+        Scale.FULL: Plan(all_, steps=256, grid=Grid(lrs, betas, 3), tuning=6, fresh=24),
     }
 
 
-COUNTS = (1, 2, 4, 8, 16)
-SOME = (1, 4, 16)
 EXPERIMENTS = (
-    Workers("workers", "sgd", 0.3, False, plans(SGD_LRS, (0.0, 0.9), COUNTS)),
-    Workers("workers-cosine", "sgd", 0.3, True, plans(SGD_LRS, (0.0, 0.9), SOME)),
-    Workers("workers-iid", "sgd", None, False, plans(SGD_LRS, (0.0, 0.9), SOME)),
-    Workers("workers-adamw", "adamw", 0.3, False, plans(ADAMW_LRS, (0.5, 0.9), SOME)),
+    Workers("workers", "sgd", 0.3, False, plans(SGD_LRS, (0.0, 0.9), main=True)),
+    Workers("workers-cosine", "sgd", 0.3, True, plans(SGD_LRS, (0.0, 0.9))),
+    Workers("workers-iid", "sgd", None, False, plans(SGD_LRS, (0.0, 0.9))),
+    Workers("workers-adamw", "adamw", 0.3, False, plans(ADAMW_LRS, (0.5, 0.9))),
 )
