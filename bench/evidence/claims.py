@@ -17,8 +17,8 @@ The rule, the only place where a verdict is made:
    and it is "open" where the interval has values of both kinds. So m is the smallest difference that counts, and an
    interval below it is a "no" to "better", not an absence of evidence.
 2. An answer that says "these differ" (yes to better and worse, no to the other two) also needs a p-value of 0.05 at
-   most after Holm's correction over all figures that the claims name; without, it is open. `above` and `below` are about
-   a quantity, not a comparison, and go by the interval alone.
+   most after Holm's correction over all figures that the claims name; without, it is open. `above` and `below` are
+   about a quantity, not a comparison, and go by the interval alone.
 3. A condition without a figure is "missing".
 4. The verdict: every condition missing (or the entry's own reason) - "untested here"; any open or missing -
    "undecided"; all yes - "holds"; some yes and the others no - "holds when" and the labels of the yes;
