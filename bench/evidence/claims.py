@@ -115,7 +115,7 @@ class Verdict:
     def text(self) -> str:
         """The verdict as a phrase: "holds when constant learning rate"."""
         if self.outcome == "holds when":
-            return "holds when " + ", ".join(finding.when for finding in self.findings if finding.answer == "yes")
+            return "holds when " + "; ".join(finding.when for finding in self.findings if finding.answer == "yes")
         if self.outcome == "untested here":
             return f"untested here, because {self.reason}"
         return self.outcome
