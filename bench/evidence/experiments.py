@@ -1,0 +1,7 @@
+"""The experiments of the report, in its order."""
+
+from __future__ import annotations
+
+from bench.evidence.experiment import Experiment
+
+EXPERIMENTS: tuple[Experiment, ...] = ()
