@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.evidence import noisy_quadratic
+from bench.evidence import noisy_quadratic, quadratics
 from bench.evidence.experiment import Experiment
 
-EXPERIMENTS: tuple[Experiment, ...] = (noisy_quadratic.EXPERIMENT,)
+EXPERIMENTS: tuple[Experiment, ...] = (noisy_quadratic.EXPERIMENT, quadratics.EXPERIMENT)
