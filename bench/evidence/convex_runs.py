@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +24,6 @@ class Runner:
     lookahead: bool
     lr: float
 
-    def optimizer(self, param: Tensor) -> Any:
-        """The package's, torch's own SGD where there are no slow weights."""
-        if self.lookahead:
-            return LookaheadSGD([param], lr=self.lr, k=K, alpha=ALPHA)
-        return torch.optim.SGD([param], lr=self.lr)
-
-
-Batch = Callable[[int], tuple[Tensor, Tensor]]
-
 
 class Runs:
     """Several runners on the same batches.
@@ -47,7 +38,12 @@ class Runs:
     def __init__(self, problem: Problem, runners: Sequence[Runner], rows: int, ridge: float = 0.0) -> None:
         self.problem, self.ridge = problem, ridge
         self.params = [torch.zeros(rows, problem.features, dtype=DTYPE, requires_grad=True) for _ in runners]
-        self.optimizers = [runner.optimizer(param) for runner, param in zip(runners, self.params, strict=True)]
+        # A group for each learning rate: the package's optimizer for Lookahead, torch's where there are no slow weights.
+        groups: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+        for runner, param in zip(runners, self.params, strict=True):
+            groups[runner.lookahead].append({"params": [param], "lr": runner.lr})
+        self.lookahead = LookaheadSGD(groups[True], k=K, alpha=ALPHA)
+        self.plain = torch.optim.SGD(groups[False])
 
     @torch.no_grad()
     def step(self, inputs: Tensor, targets: Tensor) -> None:
@@ -55,21 +51,16 @@ class Runs:
         weights = torch.stack([param.detach() for param in self.params], dim=-1)
         slopes = self.problem.slope(inputs @ weights, targets[..., None])
         gradients = inputs.transpose(1, 2) @ slopes / targets.shape[1] + self.ridge * weights
-        for place, (param, optimizer) in enumerate(zip(self.params, self.optimizers, strict=True)):
-            param.grad = gradients[..., place].contiguous()
-            optimizer.step()
+        for param, gradient in zip(self.params, gradients.permute(2, 0, 1).contiguous(), strict=True):
+            param.grad = gradient
+        self.lookahead.step()
+        self.plain.step()
 
     @torch.no_grad()
     def slow(self) -> Tensor:
         """[runners, rows, features]: the slow weights, where there are any."""
-        found = []
-        for param, optimizer in zip(self.params, self.optimizers, strict=True):
-            if isinstance(optimizer, LookaheadSGD):
-                with optimizer.slow_weights():
-                    found.append(param.detach().clone())
-            else:
-                found.append(param.detach().clone())
-        return torch.stack(found)
+        with self.lookahead.slow_weights():
+            return torch.stack([param.detach() for param in self.params])
 
 
 def generalisation(
@@ -114,9 +105,9 @@ def generalisation(
         drawn = torch.randint(examples, (replicas, batch), generator=generator)
         runs.step(inputs[:, rows, drawn].flatten(0, 1), targets[:, rows, drawn].flatten(0, 1))
         if step == round(ALPHA * steps):
-            note("short", runs.slow()[1].unflatten(0, (2, replicas)))
+            note("short", runs.slow()[1].view(2, replicas, -1))
     for arm, weights in zip(arms, runs.slow(), strict=True):
-        note(arm, weights.unflatten(0, (2, replicas)))
+        note(arm, weights.view(2, replicas, -1))
     return found
 
 
@@ -160,10 +151,10 @@ def race(problem: Problem, race: Race, *, batch: int, seed: int) -> Mapping[str,
         if step == due or step == race.most:
             excess = problem.excess(runs.slow()).nan_to_num(nan=math.inf)
             tuned = excess[:, : race.tuning].mean(1, keepdim=True)
-            measured = excess[:, race.tuning :].unflatten(1, (race.blocks, race.block)).mean(2)
+            measured = excess[:, race.tuning :].reshape(-1, race.blocks, race.block).mean(2)
             means.append(torch.cat([tuned, measured], 1))
             steps.append(step)
-            due = max(due + K, math.ceil(due * 1.05 / K) * K)
+            due = max(due + K, math.ceil(due * 1.08 / K) * K)
             chosen = _best(means, steps, race)
             if all(_has_arrived(means, runner, race.target) for runner in chosen):
                 break
