@@ -138,6 +138,11 @@ def failed(verdicts: Sequence[Verdict], *, all_run: bool) -> list[Verdict]:
     return [verdict for verdict in verdicts if verdict.claim.must and verdict.outcome not in passing]
 
 
+def missing(verdicts: Sequence[Verdict]) -> list[str]:
+    """Figures, by name or glob, that conditions ask for and that are not there."""
+    return sorted({f.condition.figure for verdict in verdicts for f in verdict.findings if f.answer == "missing"})
+
+
 def load(path: Path = ENTRIES) -> list[Claim]:
     """The entries of a file, in its order; raises ValueError where one is no claim."""
     with path.open("rb") as file:
