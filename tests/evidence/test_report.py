@@ -86,6 +86,7 @@ def test_html_needs_no_other_file_and_escapes(found: results.Results):
     assert any(source.startswith("data:") for source in page.sources)
     for said in ("Trains a | <b>.", "A processor <of one's own>", "A note & more.", "untested here, because"):
         assert said in page.text
+    assert page.text.count("Trains a | <b>.") == 2  # in the table and over its figures
     assert text.count("<svg") == 3  # nats of the first claim; nats and ratios of the second
     assert re.findall(r"<h2>(.*?)</h2>", text) == [
         "Verdicts",
