@@ -44,6 +44,7 @@ def test_answers_by_interval_and_margin(
         "better": better,
         "worse": worse,
         "not worse": not_worse,
+        "not better": {"yes": "no", "no": "yes", "open": "open"}[better],
         "equivalent": equivalent,
     }
     for relation, expected in wanted.items():
