@@ -30,6 +30,8 @@ try:
     from bench.evidence.report import summary, to_html, to_markdown
     from bench.evidence.run import run
 except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] in ("bench", "lookahead_fused"):
+        raise  # no package that could be installed
     sys.exit(f"the evidence needs {error.name}: pip install '.[evidence]', or run it by `make evidence`")
 
 OUT = Path(__file__).resolve().parents[2] / "build" / "evidence"

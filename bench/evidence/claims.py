@@ -9,15 +9,16 @@ The rule, the only place where a verdict is made:
 
        better      yes: d > m throughout      no: d <= m throughout
        worse       yes: d < -m throughout     no: d >= -m throughout
+       not worse   yes: d > -m throughout     no: d <= -m throughout
        equivalent  yes: |d| < m throughout    no: |d| > m throughout
        above       yes: value > m throughout  no: value <= m throughout
        below       yes: value < m throughout  no: value >= m throughout
 
    and it is "open" where the interval has values of both kinds. So m is the smallest difference that counts, and an
    interval below it is a "no" to "better", not an absence of evidence.
-2. An answer that says "these differ" (yes to better and worse, no to equivalent) also needs a p-value of 0.05 at most
-   after Holm's correction over all figures that the claims name; without, it is open. `above` and `below` are about
-   a quantity, not a comparison, and go by the interval alone.
+2. An answer that says "these differ" (yes to better and worse, no to the other two) also needs a p-value of 0.05 at
+   most after Holm's correction over all figures that the claims name; without, it is open. `above` and `below` are
+   about a quantity, not a comparison, and go by the interval alone.
 3. A condition without a figure is "missing".
 4. The verdict: every condition missing (or the entry's own reason) - "untested here"; any open or missing -
    "undecided"; all yes - "holds"; some yes and the others no - "holds when" and the labels of the yes;
@@ -45,8 +46,10 @@ ENTRIES = Path(__file__).with_name("claims.toml")
 SIGNIFICANT = 0.05
 NOT_RUN = "its experiment was not run"
 
-Relation = Literal["better", "worse", "equivalent", "above", "below"]
+Relation = Literal["better", "worse", "not worse", "equivalent", "above", "below"]
+COMPARING = ("better", "worse", "not worse", "equivalent")
 Answer = Literal["yes", "no", "open", "missing"]
+FLIPPED: dict[Answer, Answer] = {"yes": "no", "no": "yes", "open": "open"}
 Outcome = Literal["holds", "holds when", "does not hold", "undecided", "untested here"]
 
 
@@ -112,7 +115,7 @@ class Verdict:
     def text(self) -> str:
         """The verdict as a phrase: "holds when constant learning rate"."""
         if self.outcome == "holds when":
-            return "holds when " + ", ".join(finding.when for finding in self.findings if finding.answer == "yes")
+            return "holds when " + "; ".join(finding.when for finding in self.findings if finding.answer == "yes")
         if self.outcome == "untested here":
             return f"untested here, because {self.reason}"
         return self.outcome
@@ -163,11 +166,15 @@ def answer(condition: Condition, figure: Figure, adjusted: float) -> Answer:
         return "no" if significant and (low > margin or high < -margin) else "open"
     if figure.better == 0:
         raise ValueError(f"{figure.name} calls neither side better, and a claim asks whether it is {relation}")
-    if (figure.better < 0) != (relation == "worse"):
+    if (figure.better < 0) != (relation != "better"):
         low, high = -high, -low
-    if low > margin:
-        return "yes" if significant else "open"
-    return "no" if high <= margin else "open"
+    # By how much one side is better (better), or the arm is worse (worse, not worse).
+    beyond: Answer = "open"
+    if low > margin and significant:
+        beyond = "yes"
+    elif high <= margin:
+        beyond = "no"
+    return FLIPPED[beyond] if relation == "not worse" else beyond
 
 
 def pattern(glob: str) -> re.Pattern[str]:
@@ -182,7 +189,7 @@ def _adjusted(claims: Sequence[Claim], figures: Mapping[str, Figure]) -> dict[st
             name
             for claim in claims
             for condition in claim.conditions
-            if condition.relation in ("better", "worse", "equivalent")
+            if condition.relation in COMPARING
             for name in _matching(condition, figures)
             if figures[name].n > 0
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench.evidence import noisy_quadratic, quadratics
 from bench.evidence.experiment import Experiment
 
-EXPERIMENTS: tuple[Experiment, ...] = ()
+EXPERIMENTS: tuple[Experiment, ...] = (noisy_quadratic.EXPERIMENT, quadratics.EXPERIMENT)

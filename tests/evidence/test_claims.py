@@ -26,19 +26,26 @@ def outcome(figures: Sequence[Figure], *conditions: Condition) -> str:
 
 # A loss: its interval, and what better, worse and equivalent by a margin of 0.01 are answered.
 @pytest.mark.parametrize(
-    ("low", "high", "better", "worse", "equivalent"),
+    ("low", "high", "better", "worse", "not_worse", "equivalent"),
     [
-        (-0.05, -0.02, "yes", "no", "no"),
-        (-0.05, -0.005, "open", "no", "open"),
-        (-0.005, 0.005, "no", "no", "yes"),
-        (-0.005, 0.05, "no", "open", "open"),
-        (0.02, 0.05, "no", "yes", "no"),
-        (-0.05, 0.05, "open", "open", "open"),
-        (0.0, 0.0, "no", "no", "yes"),
+        (-0.05, -0.02, "yes", "no", "yes", "no"),
+        (-0.05, -0.005, "open", "no", "yes", "open"),
+        (-0.005, 0.005, "no", "no", "yes", "yes"),
+        (-0.005, 0.05, "no", "open", "open", "open"),
+        (0.02, 0.05, "no", "yes", "no", "no"),
+        (-0.05, 0.05, "open", "open", "open", "open"),
+        (0.0, 0.0, "no", "no", "yes", "yes"),
     ],
 )
-def test_answers_by_interval_and_margin(low: float, high: float, better: str, worse: str, equivalent: str):
-    wanted: dict[Relation, str] = {"better": better, "worse": worse, "equivalent": equivalent}
+def test_answers_by_interval_and_margin(
+    low: float, high: float, better: str, worse: str, not_worse: str, equivalent: str
+):
+    wanted: dict[Relation, str] = {
+        "better": better,
+        "worse": worse,
+        "not worse": not_worse,
+        "equivalent": equivalent,
+    }
     for relation, expected in wanted.items():
         loss = figure("x", low, high)
         assert answer(Condition("x", relation, 0.01, "w"), loss, 0.001) == expected, relation
@@ -63,6 +70,7 @@ def test_a_difference_is_told_only_where_it_is_significant():
     loss = figure("x", -0.05, -0.02)
     assert answer(Condition("x", "better", 0.01, "w"), loss, 0.051) == "open"
     assert answer(Condition("x", "equivalent", 0.01, "w"), loss, 0.051) == "open"
+    assert answer(Condition("x", "not worse", 0.01, "w"), figure("x", 0.02, 0.05), 0.051) == "open"
     # "No difference that counts" is no discovery.
     assert answer(Condition("x", "worse", 0.01, "w"), loss, 0.051) == "no"
     with pytest.raises(ValueError, match="neither side"):
