@@ -76,7 +76,7 @@ KICKED = {
 # From one learning rate of a front to the next.
 FACTORS = {Scale.SMOKE: 2.0, Scale.QUICK: 2**0.5, Scale.FULL: 2**0.25}
 # Relative standard error of a sampled variance, and how many replicas are run at once.
-ERRORS = {Scale.SMOKE: 0.003, Scale.QUICK: 0.0015, Scale.FULL: 0.0007}
+ERRORS = {Scale.SMOKE: 0.002, Scale.QUICK: 0.0015, Scale.FULL: 0.0007}
 REPLICAS = 20_000
 
 
