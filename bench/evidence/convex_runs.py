@@ -37,8 +37,8 @@ class Runs:
     def __init__(self, problem: Problem, runners: Sequence[Runner], rows: int, ridge: float = 0.0) -> None:
         self.problem, self.ridge = problem, ridge
         self.params = [torch.zeros(rows, problem.features, dtype=DTYPE, requires_grad=True) for _ in runners]
-        # One optimizer for all: a step of it costs as much as one of torch's SGD over a single group, and with k = 1
-        # and alpha = 1 it is torch's SGD, bit for bit.
+        # One optimizer for all: a step of it costs as much as one of torch's SGD over a single group. With k = 1 and
+        # alpha = 1 it is SGD, θ − γ g bit for bit.
         groups = [
             {
                 "params": [param],
