@@ -63,15 +63,20 @@ def comparisons() -> dict[str, JSON]:
 class Front:
     """Of some settings of an arm at all learning rates: their losses in the steady state, and after HORIZONS.
 
-    Over the cells that have a steady state, the best first: steady [cells], horizons [len(HORIZONS), cells].
+    Over the cells that have a steady state, the best first: steady, lrs [cells], horizons [len(HORIZONS), cells].
     """
 
     steady: Array
     horizons: Array
+    lrs: Array
 
     def best(self, horizon: int) -> float:
         """The least loss after so many gradients."""
         return float(self.horizons[HORIZONS.index(horizon)].min())
+
+    def best_lr(self, horizon: int) -> float:
+        """The learning rate of that loss."""
+        return float(self.lrs[self.horizons[HORIZONS.index(horizon)].argmin()])
 
     def at(self, steady: Array, horizon: int) -> Array:
         """The least losses after so many gradients among cells whose steady state is no worse; inf if there is none."""
@@ -91,7 +96,7 @@ def front(method: Method, factor: float) -> dict[str, JSON]:
     final = 0.5 * (a * a * steady_variances(method, a, lr)).sum(1)
     stable = np.isfinite(final)
     total, added = cycle(method, a, lr[stable])
-    result: dict[str, JSON] = {"steady": final[stable].tolist()}
+    result: dict[str, JSON] = {"steady": final[stable].tolist(), "lrs": lr[stable, 0].tolist()}
     for horizon in HORIZONS:
         if horizon % method.k:
             raise ValueError(f"after {horizon} gradients there is no sync of {method}")
@@ -108,7 +113,8 @@ def read_front(results: Sequence[Mapping[str, JSON]]) -> Front:
     steady = np.concatenate([np.asarray(one["steady"], dtype=np.float64) for one in results])
     after = [np.concatenate([np.asarray(one[f"after_{h}"], dtype=np.float64) for one in results]) for h in HORIZONS]
     order = np.argsort(steady)
-    return Front(steady[order], np.stack(after)[:, order])
+    lrs = np.concatenate([np.asarray(one["lrs"], dtype=np.float64) for one in results])
+    return Front(steady[order], np.stack(after)[:, order], lrs[order])
 
 
 def ratio_along(one: Front, other: Front, horizon: int) -> float:

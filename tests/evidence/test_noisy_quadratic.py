@@ -120,14 +120,20 @@ def test_a_fronts_losses_are_sgds_closed_form() -> None:
 
 def test_a_front_is_the_least_loss_among_cells_that_are_as_quiet() -> None:
     results = [
-        {"steady": [0.3, 0.1], "after_100": [5.0, 9.0], "after_1000": [1.0, 4.0], "after_10000": [1.0, 1.0]},
-        {"steady": [0.2], "after_100": [7.0], "after_1000": [6.0], "after_10000": [1.0]},
+        {
+            "lrs": [3.0, 1.0],
+            "steady": [0.3, 0.1],
+            "after_100": [5.0, 9.0],
+            "after_1000": [1.0, 4.0],
+            "after_10000": [1.0, 1.0],
+        },
+        {"lrs": [2.0], "steady": [0.2], "after_100": [7.0], "after_1000": [6.0], "after_10000": [1.0]},
     ]
     front = fronts.read_front(results)  # type: ignore[arg-type]
     assert front.at(np.array([0.05, 0.1, 0.25, 0.3, 9.0]), 1000).tolist() == [math.inf, 4.0, 4.0, 1.0, 1.0]
     assert front.at(np.array([0.25]), 100).tolist() == [7.0]
-    assert front.best(1000) == 1.0
-    halved = fronts.Front(front.steady, front.horizons / 2)
+    assert (front.best(1000), front.best_lr(1000), front.best_lr(100)) == (1.0, 3.0, 3.0)
+    halved = fronts.Front(front.steady, front.horizons / 2, front.lrs)
     assert fronts.ratio_along(halved, front, 1000) == pytest.approx(0.5)
 
 
