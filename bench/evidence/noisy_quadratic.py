@@ -115,7 +115,7 @@ class NoisyQuadratic:
     """The experiment; see the module."""
 
     name = "noisy-quadratic"
-    revision = 2
+    revision = 3
 
     def names(self) -> tuple[str, ...]:
         """Every figure that it can make."""
@@ -298,7 +298,7 @@ def _of_fronts(found: dict[str, fronts.Front]) -> Iterator[Figure]:
         if arm not in found or base not in found:
             continue
         for horizon in fronts.HORIZONS:
-            ratio = found[arm].best(horizon) / found[base].best(horizon)
+            ratio = found[arm].best(horizon)[0] / found[base].best(horizon)[0]
             note = (
                 f"loss after {horizon} gradients at a constant learning rate, 100 curvatures 1/i; each at its best, "
                 f"{_best_lr(found[arm], horizon)} and {_best_lr(found[base], horizon)}"
@@ -330,7 +330,7 @@ def _picture(found: dict[str, fronts.Front]) -> Picture:
 
 
 def _best_lr(front: fronts.Front, horizon: int) -> str:
-    best = front.best_lr(horizon)
+    _, best = front.best(horizon)
     edge = best >= fronts.HIGHEST_LR or best < 2 * fronts.LOWEST_LR
     return f"{best:.3g}" + (" (at the edge of those tried)" if edge else "")
 

@@ -296,7 +296,7 @@ def _picture(word: str, result: Mapping[str, Any]) -> Picture:
         axes.scatter([], [], marker="s", color=colours(place), label=label)
         for place, label in enumerate(("neither converges", "both do", "Lookahead alone", "heavy ball alone"))
     ]
-    axes.legend(handles=handles, loc="upper left", fontsize="small")
+    axes.legend(handles=handles, loc="lower right", fontsize="small")
     title = f"Lookahead (k 5, α .5, momentum at a sync: {word}) and heavy ball on curvatures from 1/{CONDITION:g} to 1"
     return Picture(f"quadratics-{word}", title, svg.text(figure))
 
