@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from bench.evidence import noisy_quadratic, quadratics
+from bench.evidence import control, convex, noisy_quadratic, quadratics, workers
 from bench.evidence.experiment import Experiment
 
-EXPERIMENTS: tuple[Experiment, ...] = (noisy_quadratic.EXPERIMENT, quadratics.EXPERIMENT)
+EXPERIMENTS: tuple[Experiment, ...] = (
+    noisy_quadratic.EXPERIMENT,
+    quadratics.EXPERIMENT,
+    convex.EXPERIMENT,
+    control.EXPERIMENT,
+    *workers.EXPERIMENTS,
+)
