@@ -35,6 +35,7 @@ _DIGITS = Task(
     metrics=("accuracy",),
     curve=100,
     final=300,
+    cost=0.2,
 )
 _FASHION = Task(
     "fashion-cnn-adamw",
@@ -42,30 +43,34 @@ _FASHION = Task(
     ConvNet(28, (8, 16, 32), (2, 2, 2)),
     data.fashion,
     batch=32,
-    steps=403,
+    steps=303,
     lr=4e-3,
     metrics=("accuracy",),
     curve=100,
     final=2000,
+    cost=0.6,
 )
-_GPT = Task("char-gpt", RULES["adamw"], GPT(data.VOCABULARY, 32, 2, 2, WINDOW), _text, batch=8, steps=403, lr=4e-3)
+_GPT = Task(
+    "char-gpt", RULES["adamw"], GPT(data.VOCABULARY, 32, 2, 2, WINDOW), _text, batch=8, steps=303, lr=4e-3, cost=0.5
+)
 
 TASKS: tuple[Task, ...] = (
     replace(_DIGITS, name="digits-cnn-sgd", rule=RULES["sgd"], lr=0.05),
     _DIGITS,
     replace(_FASHION, name="fashion-cnn-sgd", rule=RULES["sgd"], lr=0.05),
     _FASHION,
-    Task("char-lstm", RULES["adamw"], LSTM(data.VOCABULARY, 16, 40), _text, batch=16, steps=303, lr=8e-3),
+    Task("char-lstm", RULES["adamw"], LSTM(data.VOCABULARY, 16, 40), _text, batch=16, steps=303, lr=8e-3, cost=0.5),
     _GPT,
-    # Masked models first learn how frequent characters are, and stay there for a while; 800 steps leave that behind.
+    # Masked models first learn how frequent characters are, and stay there for a while; 600 steps leave that behind.
     Task(
         "masked-bert",
         RULES["adamw"],
         Masked(data.VOCABULARY, 32, 2, 2, 16),
         partial(data.windows, 16, 2),
         batch=16,
-        steps=803,
+        steps=603,
         lr=4e-3,
+        cost=0.9,
     ),
     Task(
         "conv-ae",
@@ -90,5 +95,5 @@ TASKS: tuple[Task, ...] = (
     replace(_GPT, name="char-gpt-radam", rule=RULES["radam"], lr=8e-3),
     replace(_GPT, name="char-gpt-rmsprop", rule=RULES["rmsprop"], lr=4e-4),
     replace(_GPT, name="char-gpt-lion", rule=RULES["lion"], lr=1e-3),
-    replace(_GPT, name="char-gpt-muon", rule=RULES["muon"], lr=8e-3),
+    replace(_GPT, name="char-gpt-muon", rule=RULES["muon"], lr=8e-3, cost=2.0),
 )

@@ -74,23 +74,30 @@ class Trained:
     """What a run came to.
 
     Attributes:
+        data: what it was trained on.
         steps: at which the curve was evaluated.
         curve: loss on a part of the validation data, [seed][evaluation].
-        start: the same before the first step, [seed].
         validation: loss on the validation data at the end, [seed].
-        test: "loss" and the metrics on the test data at the end, [seed]; a metric of a seed that diverged is NaN.
+        start: "loss" and the metrics on the test data before the first step, [seed].
+        test: the same at the end; of a seed that diverged the loss is infinite and a metric NaN.
     """
 
+    data: str
     steps: list[int]
     curve: list[list[float]]
-    start: list[float]
     validation: list[float]
+    start: dict[str, list[float]]
     test: dict[str, list[float]]
 
     @property
     def diverged(self) -> list[bool]:
         """Of each seed, whether its run left the finite numbers."""
         return [not math.isfinite(loss) for loss in self.test["loss"]]
+
+    def scored(self, metric: str) -> list[float]:
+        """The metric at the end, [seed]; what diverged is worth what its network was before training."""
+        pairs = zip(self.test[metric], self.start[metric], self.diverged, strict=True)
+        return [start if diverged else end for end, start, diverged in pairs]
 
 
 def train(task: Task, arm: Arm, point: Point, schedule: Schedule, seeds: Sequence[int], steps: int) -> Trained:
@@ -116,7 +123,8 @@ def train(task: Task, arm: Arm, point: Point, schedule: Schedule, seeds: Sequenc
     )
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
     along = source.held_out("validation", task.curve, task.curve)
-    start = _evaluate(task, leaves.whole(), along)["loss"]
+    ends = {part: source.held_out(part, CHUNK, task.final) for part in get_args(Part)}
+    start = _evaluate(task, leaves.whole(), ends["test"])
     evaluated, curve = [], []
     for step, batch in zip(range(1, steps + 1), source.batches(seeds, task.batch), strict=False):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -128,18 +136,15 @@ def train(task: Task, arm: Arm, point: Point, schedule: Schedule, seeds: Sequenc
             with slow_weights(optimizer):
                 curve.append(_evaluate(task, leaves.whole(), along)["loss"])
             evaluated.append(step)
-    ends: dict[Part, dict[str, Tensor]] = {}
     with slow_weights(optimizer):
-        for part in get_args(Part):
-            ends[part] = _evaluate(task, leaves.whole(), source.held_out(part, CHUNK, task.final))
-    test = ends["test"]
-    metrics = {name: _metric(name, test).masked_fill(~test["loss"].isfinite(), math.nan) for name in task.metrics}
+        validation, test = (_evaluate(task, leaves.whole(), ends[part]) for part in get_args(Part))
     return Trained(
+        source.name,
         evaluated,
-        [loss.tolist() for loss in torch.stack(curve, 1)] if curve else [[] for _ in seeds],
-        start.tolist(),
-        ends["validation"]["loss"].tolist(),
-        {name: values.tolist() for name, values in ({"loss": test["loss"]} | metrics).items()},
+        [[losses[i] for losses in curve] for i in range(len(seeds))],
+        validation["loss"],
+        start,
+        test,
     )
 
 
@@ -174,8 +179,8 @@ class Leaves:
 
 
 @torch.no_grad()
-def _evaluate(task: Task, parameters: Parameters, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """Means over examples of each replica's scores, [R]; a loss that is no number is infinite."""
+def _evaluate(task: Task, parameters: Parameters, batches: Iterable[Batch]) -> dict[str, list[float]]:
+    """The loss and the task's metrics over all examples, [seed]; a loss that is no number is infinite."""
     replicas = len(next(iter(parameters.values())))
     sums: dict[str, Tensor] = {}
     count = 0
@@ -185,15 +190,12 @@ def _evaluate(task: Task, parameters: Parameters, batches: Iterable[Batch]) -> d
         for name, score in task.network.scores(parameters, everyone).items():
             sums[name] = sums.get(name, 0) + size * score.double()
         count += size
-    means = {name: total / count for name, total in sums.items()}
-    means["loss"] = means["loss"].nan_to_num(nan=math.inf, posinf=math.inf)
-    return means
-
-
-def _metric(name: str, scores: Mapping[str, Tensor]) -> Tensor:
-    if name == "psnr":  # of values from 0 to 1, in dB; of all examples together
-        return -10 * scores["error"].log10()
-    return scores[name]
+    scores = {name: total / count for name, total in sums.items()}
+    if "error" in scores:  # of values from 0 to 1, in dB; of all examples together
+        scores["psnr"] = -10 * scores["error"].log10()
+    sound = scores["loss"].isfinite()
+    found = {name: scores[name].where(sound, math.nan).tolist() for name in task.metrics}
+    return {"loss": scores["loss"].where(sound, math.inf).tolist(), **found}
 
 
 Plain: TypeAlias = Mapping[str, JSON]
@@ -201,30 +203,35 @@ Plain: TypeAlias = Mapping[str, JSON]
 
 def to_json(trained: Trained) -> Plain:
     """As a flat dictionary without numbers that JSON has not: "inf" and "nan" are strings."""
-    plain: dict[str, JSON] = {"steps": list(trained.steps)}
-    for name, values in (("start", trained.start), ("validation", trained.validation)):
-        plain[name] = _plain(values)
-    for metric, values in trained.test.items():
-        plain[f"test {metric}"] = _plain(values)
-    for i, losses in enumerate(trained.curve):
-        plain[f"curve {i}"] = _plain(losses)
-    return plain
+    plain: dict[str, JSON] = {
+        "data": trained.data,
+        "steps": list(trained.steps),
+        "validation": _plain(trained.validation),
+    }
+    for when, scores in (("start", trained.start), ("test", trained.test)):
+        plain |= {f"{when} {name}": _plain(values) for name, values in scores.items()}
+    return plain | {f"curve {i}": _plain(losses) for i, losses in enumerate(trained.curve)}
 
 
 def from_json(plain: Plain) -> Trained:
-    """The inverse of `to_json`."""
+    """The inverse of `to_json`, to seven digits."""
 
     def floats(name: str) -> list[float]:
         values = plain[name]
         assert isinstance(values, list)
         return [float(value) for value in values]  # type: ignore[arg-type]
 
+    def scores(when: str) -> dict[str, list[float]]:
+        return {name.removeprefix(when): floats(name) for name in plain if name.startswith(when)}
+
+    validation = floats("validation")
     return Trained(
+        data=str(plain["data"]),
         steps=[int(step) for step in floats("steps")],
-        curve=[floats(f"curve {i}") for i in range(len(floats("start")))],
-        start=floats("start"),
-        validation=floats("validation"),
-        test={name.removeprefix("test "): floats(name) for name in plain if name.startswith("test ")},
+        curve=[floats(f"curve {i}") for i in range(len(validation))],
+        validation=validation,
+        start=scores("start "),
+        test=scores("test "),
     )
 
 
