@@ -9,15 +9,16 @@ The rule, the only place where a verdict is made:
 
        better      yes: d > m throughout      no: d <= m throughout
        worse       yes: d < -m throughout     no: d >= -m throughout
+       not worse   yes: d > -m throughout     no: d <= -m throughout
        equivalent  yes: |d| < m throughout    no: |d| > m throughout
        above       yes: value > m throughout  no: value <= m throughout
        below       yes: value < m throughout  no: value >= m throughout
 
    and it is "open" where the interval has values of both kinds. So m is the smallest difference that counts, and an
    interval below it is a "no" to "better", not an absence of evidence.
-2. An answer that says "these differ" (yes to better and worse, no to equivalent) also needs a p-value of 0.05 at most
-   after Holm's correction over all figures that the claims name; without, it is open. `above` and `below` are about
-   a quantity, not a comparison, and go by the interval alone.
+2. An answer that says "these differ" (yes to better and worse, no to the other two) also needs a p-value of 0.05 at
+   most after Holm's correction over all figures that the claims name; without, it is open. `above` and `below` are
+   about a quantity, not a comparison, and go by the interval alone.
 3. A condition without a figure is "missing".
 4. The verdict: every condition missing (or the entry's own reason) - "untested here"; any open or missing -
    "undecided"; all yes - "holds"; some yes and the others no - "holds when" and the labels of the yes;
@@ -45,8 +46,10 @@ ENTRIES = Path(__file__).with_name("claims.toml")
 SIGNIFICANT = 0.05
 NOT_RUN = "its experiment was not run"
 
-Relation = Literal["better", "worse", "equivalent", "above", "below"]
+Relation = Literal["better", "worse", "not worse", "equivalent", "above", "below"]
+COMPARING = ("better", "worse", "not worse", "equivalent")
 Answer = Literal["yes", "no", "open", "missing"]
+FLIPPED: dict[Answer, Answer] = {"yes": "no", "no": "yes", "open": "open"}
 Outcome = Literal["holds", "holds when", "does not hold", "undecided", "untested here"]
 
 
@@ -129,9 +132,10 @@ def judge(claims: Sequence[Claim], figures: Sequence[Figure]) -> list[Verdict]:
     return [_verdict(claim, named, adjusted) for claim in claims]
 
 
-def failed(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """Claims that must hold, have figures, and do not hold."""
-    return [verdict for verdict in verdicts if verdict.claim.must and verdict.outcome not in ("holds", "untested here")]
+def failed(verdicts: Sequence[Verdict], *, all_run: bool) -> list[Verdict]:
+    """Claims that must hold and do not; `all_run`: where every experiment was run, none may be untested either."""
+    passing = {"holds"} if all_run else {"holds", "untested here"}
+    return [verdict for verdict in verdicts if verdict.claim.must and verdict.outcome not in passing]
 
 
 def load(path: Path = ENTRIES) -> list[Claim]:
@@ -162,11 +166,20 @@ def answer(condition: Condition, figure: Figure, adjusted: float) -> Answer:
         return "no" if significant and (low > margin or high < -margin) else "open"
     if figure.better == 0:
         raise ValueError(f"{figure.name} calls neither side better, and a claim asks whether it is {relation}")
-    if (figure.better < 0) != (relation == "worse"):
+    if (figure.better < 0) != (relation != "better"):
         low, high = -high, -low
-    if low > margin:
-        return "yes" if significant else "open"
-    return "no" if high <= margin else "open"
+    # By how much one side is better (better), or the arm is worse (worse, not worse).
+    beyond: Answer = "open"
+    if low > margin and significant:
+        beyond = "yes"
+    elif high <= margin:
+        beyond = "no"
+    return FLIPPED[beyond] if relation == "not worse" else beyond
+
+
+def pattern(glob: str) -> re.Pattern[str]:
+    """Of a name in which each star stands for any text; nothing else is special."""
+    return re.compile("(.*)".join(re.escape(part) for part in glob.split("*")))
 
 
 def _adjusted(claims: Sequence[Claim], figures: Mapping[str, Figure]) -> dict[str, float]:
@@ -176,7 +189,7 @@ def _adjusted(claims: Sequence[Claim], figures: Mapping[str, Figure]) -> dict[st
             name
             for claim in claims
             for condition in claim.conditions
-            if condition.relation in ("better", "worse", "equivalent")
+            if condition.relation in COMPARING
             for name in _matching(condition, figures)
             if figures[name].n > 0
         }
@@ -206,20 +219,15 @@ def _verdict(claim: Claim, figures: Mapping[str, Figure], adjusted: Mapping[str,
 
 
 def _matching(condition: Condition, figures: Mapping[str, Figure]) -> list[str]:
-    pattern = _pattern(condition.figure)
-    return sorted(name for name in figures if pattern.fullmatch(name))
+    form = pattern(condition.figure)
+    return sorted(name for name in figures if form.fullmatch(name))
 
 
 def _label(condition: Condition, name: str) -> str:
     """The condition's own label, and for a glob what its stars stand for in this figure's name."""
-    found = _pattern(condition.figure).fullmatch(name)
+    found = pattern(condition.figure).fullmatch(name)
     stars = [part for part in found.groups() if part] if found else []
     return f"{condition.when} ({', '.join(stars)})" if stars else condition.when
-
-
-def _pattern(glob: str) -> re.Pattern[str]:
-    """Of a name in which each star stands for any text; nothing else is special."""
-    return re.compile("(.*)".join(re.escape(part) for part in glob.split("*")))
 
 
 def _claim(entry: Mapping[str, Any]) -> Claim:

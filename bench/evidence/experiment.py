@@ -54,7 +54,10 @@ class Experiment(Protocol):
         ...
 
     def jobs(self, scale: Scale, records: Records) -> Iterator[Job]:
-        """In order; a later job may depend on results that are in the records when it is asked for."""
+        """In order, those that are recorded too; it is asked again when all that it named have been run.
+
+        A job that depends on a result which is not in the records yet is left out, and named when asked again.
+        """
         ...
 
     def figures(self, records: Records) -> list[Figure]:
