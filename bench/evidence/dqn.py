@@ -225,9 +225,12 @@ class Replay:
         """Transitions at places given as numbers from 0 to 1, [R, B]."""
         places = torch.from_numpy((uniform * self.size).astype(np.int64))
         rows = torch.arange(len(places)).unsqueeze(1)
-        return self.before[rows, places], self.actions[rows, places], self.after[rows, places], self.terminated[
-            rows, places
-        ]
+        return (
+            self.before[rows, places],
+            self.actions[rows, places],
+            self.after[rows, places],
+            self.terminated[rows, places],
+        )
 
 
 class Streams:

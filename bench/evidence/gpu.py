@@ -132,7 +132,9 @@ class Measurement:
                     ours, theirs = self._final(task, name), self._final(task, arm.against)
                     both = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
                     if both:
-                        lost = f"{len(ours) - len(both)} of {len(ours)} pairs diverged. " if len(both) < len(ours) else ""
+                        lost = (
+                            f"{len(ours) - len(both)} of {len(ours)} pairs diverged. " if len(both) < len(ours) else ""
+                        )
                         yield paired(
                             f"gpu.{task.name}.{name}-{arm.against}.{task.metric}",
                             [a for a, _ in both],
@@ -237,6 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.dry_run:
         if folder is not None:
             return _refused("--dry-run makes files of its own: leave --data out")
+        # So small that threads would wait for each other longer than they work.
+        torch.set_num_threads(1)
         folder = asked.out / "generated"
         generate(folder)
     device = torch.device("cpu" if asked.dry_run else "cuda")

@@ -182,9 +182,7 @@ def _compared(name: str, arm: Outcome, other: Outcome, note: str) -> Iterator[Fi
         yield paired(f"{name}.{metric}", arm[metric], other[metric], unit=unit, better=better, note=note)
 
 
-def train(
-    task: Task, plan: Plan, side: Side, rule: str, point: Point, cosine: bool
-) -> tuple[list[Tensor], Tensor]:
+def train(task: Task, plan: Plan, side: Side, rule: str, point: Point, cosine: bool) -> tuple[list[Tensor], Tensor]:
     """Held-out losses every k batches, each [R], and the accuracy at the end, [R], in points; on the slow weights."""
     net = task.network(task.count if side.local else 1)
     optimizer = inner(net, rule, point, side, plan.steps)
@@ -264,7 +262,9 @@ class Task:
             rng = np.random.default_rng([seed, 2, count])
             parts = shards(labels[own], count, concentration, rng)
             uniform = rng.random((plan.steps, count, plan.batch // count))
-            batches.append(np.stack([own[part[(uniform[:, w] * len(part)).astype(int)]] for w, part in enumerate(parts)], 1))
+            batches.append(
+                np.stack([own[part[(uniform[:, w] * len(part)).astype(int)]] for w, part in enumerate(parts)], 1)
+            )
         # [R, steps, W, b]
         self._batches = torch.from_numpy(np.stack(batches))
 
