@@ -252,7 +252,7 @@ class Streams:
         net = []
         for layer, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
             bound, shape = 1 / math.sqrt(inputs), (inputs + 1, outputs)
-            drawn = self._stacked(partial(np.random.Generator.uniform, low=-bound, high=bound, size=shape), 3, layer)
+            drawn = self._stacked(partial(_uniform, bound=bound, shape=shape), 3, layer)
             whole = torch.from_numpy(drawn.astype(np.float32))
             net += [whole[:, :-1].clone().requires_grad_(), whole[:, -1:].clone().requires_grad_()]
         return net
@@ -283,3 +283,7 @@ class Streams:
 
     def _stacked(self, draw: Callable[[np.random.Generator], Floats], *path: int) -> Floats:
         return np.stack([draw(np.random.default_rng([seed, *path])) for seed in self._seeds])
+
+
+def _uniform(rng: np.random.Generator, bound: float, shape: tuple[int, ...]) -> Floats:
+    return rng.uniform(-bound, bound, shape)
