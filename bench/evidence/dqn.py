@@ -1,9 +1,9 @@
 """Double DQN on CartPole, many independent seeds trained at once as one stack of networks.
 
 Every tensor has a leading dimension R, one entry a seed: networks [R, in, out], environments [R, E, 4], replay
-[R, capacity, ...]. The loss is the sum over R of each seed's own mean, so that an elementwise optimizer trains each seed
-as it would train it alone; whatever is random comes from the seed's own generator, in an order that no other seed and
-no optimizer changes. Two optimizers are thus compared from the same starts with the same exploration.
+[R, capacity, ...]. The loss is the sum over R of each seed's own mean, so that an elementwise optimizer trains each
+seed as it would train it alone; whatever is random comes from the seed's own generator, in an order that no other seed
+and no optimizer changes. Two optimizers are thus compared from the same starts with the same exploration.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -250,7 +251,7 @@ class Streams:
         """torch.nn.Linear's start of a network 4 - hidden - hidden - 2: weights [R, in, out], biases [R, 1, out]."""
         sizes = (4, self._plan.hidden, self._plan.hidden, 2)
         net = []
-        for layer, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for layer, (inputs, outputs) in enumerate(pairwise(sizes)):
             bound, shape = 1 / math.sqrt(inputs), (inputs + 1, outputs)
             drawn = self._stacked(partial(_uniform, bound=bound, shape=shape), 3, layer)
             whole = torch.from_numpy(drawn.astype(np.float32))

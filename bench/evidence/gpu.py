@@ -3,9 +3,9 @@
     python -m bench.evidence.gpu --data FOLDER [--out FOLDER] [--only cifar10 cifar100 gpt] [--seeds 3]
     python -m bench.evidence.gpu --dry-run
 
-The folder holds CIFAR's binary versions and a text or tokens (bench/evidence/gpu_data.py says in which form). Nothing is
-downloaded. Every arm is tuned over one grid on images or text held out from training, with one seed; what it is best at
-is then trained on everything with further seeds and tested once. Each epoch leaves a checkpoint and a line in
+The folder holds CIFAR's binary versions and a text or tokens (bench/evidence/gpu_data.py says in which form). Nothing
+is downloaded. Every arm is tuned over one grid on images or text held out from training, with one seed; what it is best
+at is then trained on everything with further seeds and tested once. Each epoch leaves a checkpoint and a line in
 lines.jsonl: run it again with the same arguments, and it goes on where it was cut off. A dry run does all of it on a CPU
 with generated files and tiny networks, in seconds: its figures mean nothing.
 """
@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ class Measurement:
                             [b for _, b in both],
                             unit="points" if task.metric == "accuracy" else "nats",
                             better=task.better,
-                            note=f"{lost}{name}: {self.best(task, name)}; {arm.against}: {self.best(task, arm.against)}.",
+                            note=points if len(both) == len(ours) else lost + points,
                         )
 
     def table(self) -> str:
@@ -204,7 +205,7 @@ def make_tasks(
     return tasks
 
 
-def chosen(folder: Path, only: Sequence[str] | None, dry: bool) -> dict[str, Cifar | Tokens]:
+def chosen(folder: Path, only: Sequence[str] | None, dry: bool = False) -> dict[str, Cifar | Tokens]:
     """The data of the tasks that are asked for, or of all that there are.
 
     Raises:
@@ -221,7 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what is asked for; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="where CIFAR's binary versions and a text are")
-    parser.add_argument("--out", type=Path, default=Path("build/evidence-gpu"), metavar="FOLDER")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="default: build/evidence-gpu; of a dry run, none is kept"
+    )
     parser.add_argument("--only", nargs="+", choices=TASKS, help="default: all that the folder has data for")
     parser.add_argument("--seeds", type=int, default=3, help="final runs of each arm")
     parser.add_argument("--cifar-lrs", nargs="+", type=float, default=[0.1], help="SGD's; AdamW gets a hundredth")
@@ -235,31 +238,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not asked.dry_run and not torch.cuda.is_available():
         built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
         return _refused(f"no GPU: torch {torch.__version__} {built} and finds none; --dry-run takes a CPU")
-    folder = asked.data
-    if asked.dry_run:
-        if folder is not None:
-            return _refused("--dry-run makes files of its own: leave --data out")
-        # So small that threads would wait for each other longer than they work.
-        torch.set_num_threads(1)
-        folder = asked.out / "generated"
-        generate(folder)
-    device = torch.device("cpu" if asked.dry_run else "cuda")
     lrs = {"cifar": tuple(asked.cifar_lrs), "gpt": tuple(asked.gpt_lrs)}
     try:
-        tasks = make_tasks(
-            chosen(folder, asked.only, asked.dry_run), DRY_SIZES if asked.dry_run else SIZES, device, lrs
-        )
+        if not asked.dry_run:
+            device = torch.device("cuda")
+            tasks = make_tasks(chosen(asked.data, asked.only), SIZES, device, lrs)
+            return report(Measurement(tasks, asked.out or Path("build/evidence-gpu"), asked.seeds, device, None))
+        if asked.data is not None:
+            return _refused("--dry-run makes files of its own: leave --data out")
+        with TemporaryDirectory() as temporary:
+            return dry_run(asked.out or Path(temporary), asked.only, asked.seeds, lrs)
     except (DataError, ValueError) as error:
         return _refused(str(error))
-    measurement = Measurement(tasks, asked.out, asked.seeds, device, points=1 if asked.dry_run else None)
+
+
+def dry_run(out: Path, only: Sequence[str] | None, seeds: int, lrs: dict[str, tuple[float, ...]]) -> int:
+    """All of it on a CPU with generated files, tiny networks, and one point of each arm's grid."""
+    # So small that threads would wait for each other longer than they work.
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    generate(out / "generated")
+    tasks = make_tasks(chosen(out / "generated", only, dry=True), DRY_SIZES, device, lrs)
+    return report(Measurement(tasks, out, seeds, device, points=1))
+
+
+def report(measurement: Measurement) -> int:
+    """Runs what has not run, prints table and comparisons, and leaves these in figures.json; the exit status."""
     began = time.perf_counter()
     measurement.run()
+    device = measurement.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU: the figures mean nothing"
     print(f"{time.perf_counter() - began:.0f} s on {where}\n{measurement.table()}")
     figures = list(measurement.figures())
     for figure in figures:
         print(f"{figure.name}  {figure.value:+.3f} [{figure.low:.3f}, {figure.high:.3f}] {figure.unit}")
-    (asked.out / "figures.json").write_text(json.dumps([_json(figure) for figure in figures], indent=1) + "\n")
+    (measurement.out / "figures.json").write_text(json.dumps([_json(figure) for figure in figures], indent=1) + "\n")
     return 0
 
 

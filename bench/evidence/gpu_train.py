@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +112,7 @@ class Classify:
         total = torch.zeros((), device=self.device)
         model.train()
         # The last, smaller batch is trained on too.
-        for places in order.split(self.size.batch):
+        for places in order.chunk(-(-len(order) // self.size.batch)):
             inputs = normalise(augment(data.images[places], random))
             lost = self._loss(model, inputs, data.labels[places])
             optimizer.zero_grad()
@@ -123,10 +123,10 @@ class Classify:
 
     def evaluate(self, model: nn.Module, optimizer: Any, final: bool) -> dict[str, float]:
         data = self._test if final else self._train[-self._validating() :]
-        with slow_weights(optimizer) as _, torch.no_grad(), self._statistics(model, optimizer, final):
+        with slow_weights(optimizer), torch.no_grad(), self._statistics(model, optimizer, final):
             model.eval()
             lost = right = 0.0
-            for images, labels in zip(data.images.split(1000), data.labels.split(1000), strict=True):
+            for images, labels in _parts(data, 1000):
                 with autocast(self.device):
                     logits = model(_laid_out(normalise(images)))
                 lost += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
@@ -160,7 +160,7 @@ class _OwnStatistics(AbstractContextManager[None]):
     def __init__(self, model: nn.Module, images: Tensor, batch: int, device: torch.device) -> None:
         self._norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         self._model, self._device = model, device
-        self._batches = images[: self.BATCHES * batch].split(batch)
+        self._batches = images[: self.BATCHES * batch].chunk(-(-min(len(images), self.BATCHES * batch) // batch))
 
     def __enter__(self) -> None:
         self._kept = [{name: value.clone() for name, value in norm.named_buffers()} for norm in self._norms]
@@ -169,9 +169,10 @@ class _OwnStatistics(AbstractContextManager[None]):
             norm.reset_running_stats()
             norm.momentum = None  # a plain mean over the batches
         self._model.train()
+        random = torch.Generator(self._device).manual_seed(0)
         for images in self._batches:
             with autocast(self._device):
-                self._model(_laid_out(normalise(images)))
+                self._model(_laid_out(normalise(augment(images, random))))
 
     def __exit__(self, *_: object) -> None:
         for norm, kept, momentum in zip(self._norms, self._kept, self._momenta, strict=True):
@@ -223,7 +224,7 @@ class Write:
         batch = windows(text, self.size.held_out, self.size.context + 1, np.random.default_rng(0)).to(self.device)
         model.eval()
         with slow_weights(optimizer), torch.no_grad():
-            lost = [float(self._loss(model, part)) * len(part) for part in batch.split(8)]
+            lost = [float(self._loss(model, part)) * len(part) for part in batch.chunk(-(-len(batch) // 8))]
         return {"loss": sum(lost) / len(batch)}
 
     def _loss(self, model: nn.Module, tokens: Tensor) -> Tensor:
@@ -263,7 +264,7 @@ def gpt_arms(lrs: tuple[float, ...]) -> dict[str, Arm]:
 
     def base(params: list[nn.Parameter], point: Point) -> Optimizer:
         decayed, others = [p for p in params if p.ndim > 1], [p for p in params if p.ndim < 2]
-        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
         return AdamW(groups, point.lr, (0.9, 0.95), weight_decay=point.weight_decay)
 
     return {
@@ -288,7 +289,8 @@ def train(
     optimizer = task.arms[arm].make(list(model.parameters()), point)
     # Where learning rates are set by a schedule: of "small-lr" it begins lower.
     peak = optimizer.param_groups[0]["lr"]
-    begin, line = 0, None
+    begin = 0
+    line: dict[str, Any] | None = None
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         model.load_state_dict(saved["model"])
@@ -327,6 +329,11 @@ def slow_weights(optimizer: Any) -> AbstractContextManager[None]:
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
     """bf16 on a GPU; on a CPU, where dry runs are, fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def _parts(data: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for begin in range(0, len(data.labels), size):
+        yield data.images[begin : begin + size], data.labels[begin : begin + size]
 
 
 def _laid_out(images: Tensor) -> Tensor:

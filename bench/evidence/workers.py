@@ -1,11 +1,11 @@
 """Local SGD and DiLoCo on simulated workers, against synchronous SGD of the same total batch.
 
-Workers are a dimension of the weights, [R seeds, W workers, ...], in one process. A worker trains on its own weights with
-its own moments; every k steps the mean over the workers takes each one's place and the package's own `sync()` makes the
-outer step from it. That is what `process_group=` does with an all_reduce between processes.
+Workers are a dimension of the weights, [R seeds, W workers, ...], in one process. A worker trains on its own weights
+with its own moments; every k steps the mean over the workers takes each one's place and the package's own `sync()`
+makes the outer step from it. That is what `process_group=` does with an all_reduce between processes.
 
-All sides see the same samples: a total batch of B is B / n from each of n shards of scikit-learn's digits, whose classes
-are spread over the shards by a Dirichlet distribution (no shard looks like the whole) or evenly. Controls: an average of
+All sides see the same samples: a total batch of B is B / n from each of n shards of scikit-learn's digits, whose
+classes are spread over the shards by a Dirichlet distribution (no shard looks like the whole) or evenly. Controls: an average of
 the synchronous weights (EMA), and synchronous SGD that talks as seldom as the workers do, with k times the batch.
 """
 
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.evidence.contest import Contest, Grid, Outcome, Point
-from bench.evidence.experiment import JSON, Job, Scale
+from bench.evidence.experiment import Job, Scale
 from bench.evidence.figures import Figure, Picture
 from bench.evidence.records import Records
 from bench.evidence.statistics import paired
