@@ -6,8 +6,8 @@
 The folder holds CIFAR's binary versions and a text or tokens (bench/evidence/gpu_data.py says in which form). Nothing
 is downloaded. Every arm is tuned over one grid on images or text held out from training, with one seed; what it is best
 at is then trained on everything with further seeds and tested once. Each epoch leaves a checkpoint and a line in
-lines.jsonl: run it again with the same arguments, and it goes on where it was cut off. A dry run does all of it on a CPU
-with generated files and tiny networks, in seconds: its figures mean nothing.
+lines.jsonl: run it again with the same arguments, and it goes on where it was cut off. A dry run does all of it on a
+CPU with generated files and tiny networks, in seconds: its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -126,24 +126,20 @@ class Measurement:
         return max(self.tuning(task, arm), key=score).point
 
     def figures(self) -> Iterator[Figure]:
-        """Every arm against its baseline, both at their best points, paired by seeds."""
+        """Every arm against its baseline, both at their best points, paired by seeds; none where a run diverged."""
         for task in self.tasks:
             for name, arm in task.arms.items():
-                if name != arm.against:
-                    ours, theirs = self._final(task, name), self._final(task, arm.against)
-                    both = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None]
-                    if both:
-                        lost = (
-                            f"{len(ours) - len(both)} of {len(ours)} pairs diverged. " if len(both) < len(ours) else ""
-                        )
-                        yield paired(
-                            f"gpu.{task.name}.{name}-{arm.against}.{task.metric}",
-                            [a for a, _ in both],
-                            [b for _, b in both],
-                            unit="points" if task.metric == "accuracy" else "nats",
-                            better=task.better,
-                            note=points if len(both) == len(ours) else lost + points,
-                        )
+                ours, theirs = self._final(task, name), self._final(task, arm.against)
+                if name == arm.against or None in ours or None in theirs:
+                    continue
+                yield paired(
+                    f"gpu.{task.name}.{name}-{arm.against}.{task.metric}",
+                    [value for value in ours if value is not None],
+                    [value for value in theirs if value is not None],
+                    unit="points" if task.metric == "accuracy" else "nats",
+                    better=task.better,
+                    note=f"{name}: {self.best(task, name)}; {arm.against}: {self.best(task, arm.against)}.",
+                )
 
     def table(self) -> str:
         """Of every arm its best point and what it came to, by seed."""

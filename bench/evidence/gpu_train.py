@@ -112,7 +112,7 @@ class Classify:
         total = torch.zeros((), device=self.device)
         model.train()
         # The last, smaller batch is trained on too.
-        for places in order.chunk(-(-len(order) // self.size.batch)):
+        for places in parts(order, self.size.batch):
             inputs = normalise(augment(data.images[places], random))
             lost = self._loss(model, inputs, data.labels[places])
             optimizer.zero_grad()
@@ -126,7 +126,7 @@ class Classify:
         with slow_weights(optimizer), torch.no_grad(), self._statistics(model, optimizer, final):
             model.eval()
             lost = right = 0.0
-            for images, labels in _parts(data, 1000):
+            for images, labels in zip(parts(data.images, 1000), parts(data.labels, 1000), strict=True):
                 with autocast(self.device):
                     logits = model(_laid_out(normalise(images)))
                 lost += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
@@ -160,7 +160,7 @@ class _OwnStatistics(AbstractContextManager[None]):
     def __init__(self, model: nn.Module, images: Tensor, batch: int, device: torch.device) -> None:
         self._norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         self._model, self._device = model, device
-        self._batches = images[: self.BATCHES * batch].chunk(-(-min(len(images), self.BATCHES * batch) // batch))
+        self._batches = list(parts(images[: self.BATCHES * batch], batch))
 
     def __enter__(self) -> None:
         self._kept = [{name: value.clone() for name, value in norm.named_buffers()} for norm in self._norms]
@@ -224,7 +224,7 @@ class Write:
         batch = windows(text, self.size.held_out, self.size.context + 1, np.random.default_rng(0)).to(self.device)
         model.eval()
         with slow_weights(optimizer), torch.no_grad():
-            lost = [float(self._loss(model, part)) * len(part) for part in batch.chunk(-(-len(batch) // 8))]
+            lost = [float(self._loss(model, part)) * len(part) for part in parts(batch, 8)]
         return {"loss": sum(lost) / len(batch)}
 
     def _loss(self, model: nn.Module, tokens: Tensor) -> Tensor:
@@ -331,9 +331,9 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def _parts(data: Images, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for begin in range(0, len(data.labels), size):
-        yield data.images[begin : begin + size], data.labels[begin : begin + size]
+def parts(whole: Tensor, size: int) -> Iterator[Tensor]:
+    for begin in range(0, len(whole), size):
+        yield whole[begin : begin + size]
 
 
 def _laid_out(images: Tensor) -> Tensor:

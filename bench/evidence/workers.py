@@ -5,8 +5,9 @@ with its own moments; every k steps the mean over the workers takes each one's p
 makes the outer step from it. That is what `process_group=` does with an all_reduce between processes.
 
 All sides see the same samples: a total batch of B is B / n from each of n shards of scikit-learn's digits, whose
-classes are spread over the shards by a Dirichlet distribution (no shard looks like the whole) or evenly. Controls: an average of
-the synchronous weights (EMA), and synchronous SGD that talks as seldom as the workers do, with k times the batch.
+classes are spread over the shards by a Dirichlet distribution (no shard looks like the whole) or evenly. Controls: an
+average of the synchronous weights (EMA), and synchronous SGD that talks as seldom as the workers do, with k times the
+batch.
 """
 
 from __future__ import annotations
