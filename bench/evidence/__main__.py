@@ -22,7 +22,7 @@ try:
     from rich.console import Console
 
     from bench.evidence import results
-    from bench.evidence.claims import Verdict, failed, judge, load, pattern
+    from bench.evidence.claims import Verdict, failed, judge, load, missing, pattern
     from bench.evidence.experiment import Experiment, Scale
     from bench.evidence.experiments import EXPERIMENTS
     from bench.evidence.figures import Picture
@@ -81,6 +81,9 @@ def measure(chosen: Sequence[Experiment], scale: Scale, out: Path, keep: Path | 
         results.save(found, path)
     verdicts = _pages(found, pictures, out)
     unmet = failed(verdicts, all_run=len(chosen) == len(EXPERIMENTS) and not failures)
+    if len(chosen) == len(EXPERIMENTS):
+        for condition in missing(verdicts):
+            print(f"note: no experiment gave {condition}", file=sys.stderr)
     for failure in failures:
         print(f"error: a job of {failure.experiment} failed, {failure.setting}: {failure.error}", file=sys.stderr)
     for verdict in unmet:

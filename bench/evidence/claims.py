@@ -115,7 +115,7 @@ class Verdict:
     def text(self) -> str:
         """The verdict as a phrase: "holds when constant learning rate"."""
         if self.outcome == "holds when":
-            return "holds when " + ", ".join(finding.when for finding in self.findings if finding.answer == "yes")
+            return "holds when " + "; ".join(finding.when for finding in self.findings if finding.answer == "yes")
         if self.outcome == "untested here":
             return f"untested here, because {self.reason}"
         return self.outcome
@@ -136,6 +136,11 @@ def failed(verdicts: Sequence[Verdict], *, all_run: bool) -> list[Verdict]:
     """Claims that must hold and do not; `all_run`: where every experiment was run, none may be untested either."""
     passing = {"holds"} if all_run else {"holds", "untested here"}
     return [verdict for verdict in verdicts if verdict.claim.must and verdict.outcome not in passing]
+
+
+def missing(verdicts: Sequence[Verdict]) -> list[str]:
+    """Figures, by name or glob, that conditions ask for and that are not there."""
+    return sorted({f.condition.figure for verdict in verdicts for f in verdict.findings if f.answer == "missing"})
 
 
 def load(path: Path = ENTRIES) -> list[Claim]:
@@ -183,7 +188,7 @@ def pattern(glob: str) -> re.Pattern[str]:
 
 
 def _adjusted(claims: Sequence[Claim], figures: Mapping[str, Figure]) -> dict[str, float]:
-    """p-values after Holm's correction over all sampled figures that a claim compares; exact ones need none."""
+    """p-values after Holm's correction over all figures that claims compare; exact ones, of p 0, change none."""
     compared = sorted(
         {
             name
@@ -191,7 +196,6 @@ def _adjusted(claims: Sequence[Claim], figures: Mapping[str, Figure]) -> dict[st
             for condition in claim.conditions
             if condition.relation in COMPARING
             for name in _matching(condition, figures)
-            if figures[name].n > 0
         }
     )
     corrected = holm([figures[name].p for name in compared])

@@ -1,4 +1,4 @@
-"""The noisy quadratic model, all of it exact: what Lookahead gives at equal lr, at equal speed, and over many curvatures.
+"""The noisy quadratic model, all of it exact: Lookahead at equal lr, at equal speed, and over many curvatures.
 
 `comparisons` takes one curvature. `front` takes the paper's many, 1/i, with the noise Σ = A⁻¹ of the optimum: a
 gradient's noise has the variance a. Losses are expectations from θ₀ = 1 in each direction; there the noise of the

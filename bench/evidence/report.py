@@ -102,7 +102,7 @@ def _when(verdict: Verdict) -> str:
         name: [finding.when for finding in verdict.findings if finding.answer == name]
         for name in ("yes", "no", "open", "missing")
     }
-    return "; ".join(f"{name}: {', '.join(labels)}" for name, labels in groups.items() if labels)
+    return " ".join(f"**{name}** {'; '.join(labels)}." for name, labels in groups.items() if labels)
 
 
 def _overview(verdicts: Iterable[Verdict]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.evidence.claims import Claim, Condition, Relation, answer, failed, judge, load, pattern
+from bench.evidence.claims import Claim, Condition, Relation, answer, failed, judge, load, missing, pattern
 from bench.evidence.experiments import EXPERIMENTS
 from bench.evidence.figures import Figure, exact
 
@@ -132,9 +132,11 @@ def test_holm_is_over_all_claims():
 def test_what_must_hold():
     wrong = judge([claim(IS_BAD, must=True), claim(IS_GOOD, must=True), claim(IS_BAD)], [GOOD, BAD])
     assert failed(wrong, all_run=True) == wrong[:1]
+    assert missing(wrong) == []
     absent = judge([claim(IS_MISSING, must=True)], [GOOD])
     assert failed(absent, all_run=False) == []
     assert failed(absent, all_run=True) == absent
+    assert missing(absent) == ["missing"]
 
 
 def test_two_figures_of_one_name_raise():

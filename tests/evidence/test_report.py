@@ -32,7 +32,7 @@ FIGURES = [
     Figure("gpt.final", 0.01, -0.05, 0.07, 0.4, 20, "nats", -1),
 ]
 CLAIMS = [
-    Claim("all", "Trains a | b < c.", "a paper", "networks", (Condition("cnn.final", "better", 0.01, "constant"),)),
+    Claim("all", "Trains a | <b>.", "a paper", "networks", (Condition("cnn.final", "better", 0.01, "constant"),)),
     Claim("many", "Trains all.", "a paper", "networks", (Condition("*", "better", 0.0, "any"),)),
     Claim("none", "Flies.", "a paper", "other things", untested="nothing here flies"),
 ]
@@ -47,8 +47,15 @@ def test_markdown_has_a_row_a_claim(found: results.Results):
     text = to_markdown(judge(CLAIMS, FIGURES), found)
     rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 3
-    assert rows[0] == (r"| Trains a \| b < c. (a paper) | holds | −0.0310 nats [−0.0420, −0.0200] | yes: constant |")
-    assert "| undecided | 2 yes, 1 open | yes: any (cnn.final), any (cnn.steps); open: any (gpt.final) |" in rows[1]
+    cells = [row.replace(r"\|", "/").strip("| ").split(" | ") for row in rows]
+    assert cells[0] == [
+        "Trains a / <b>. (a paper)",
+        "holds",
+        "−0.0310 nats [−0.0420, −0.0200]",
+        "**yes** constant.",
+    ]
+    answers = "**yes** any (cnn.final); any (cnn.steps). **open** any (gpt.final)."
+    assert cells[1][1:] == ["undecided", "2 yes, 1 open", answers]
     assert "untested here, because nothing here flies" in rows[2]
     assert "3 claims: 1 holds, 1 undecided, 1 untested here" in text
     for said in ("Scale quick, 90 s of jobs", "2 cores", "torch 2.13.0"):
@@ -77,8 +84,9 @@ def test_html_needs_no_other_file_and_escapes(found: results.Results):
     page = Page(text)
     assert all(source.startswith(("data:image/svg+xml;base64,", "#")) for source in page.sources)
     assert any(source.startswith("data:") for source in page.sources)
-    for said in ("Trains a | b < c.", "A processor <of one's own>", "A note & more.", "untested here, because"):
+    for said in ("Trains a | <b>.", "A processor <of one's own>", "A note & more.", "untested here, because"):
         assert said in page.text
+    assert page.text.count("Trains a | <b>.") == 2  # in the table and over its figures
     assert text.count("<svg") == 3  # nats of the first claim; nats and ratios of the second
     assert re.findall(r"<h2>(.*?)</h2>", text) == [
         "Verdicts",
@@ -107,7 +115,10 @@ def test_unbounded_intervals_can_be_drawn():
     lone = Figure("x", 1.0, float("-inf"), float("inf"), 1.0, 1, "nats", -1)
     verdict = judge([Claim("c", "c", "s", "s", (Condition("x", "better", 0.0, "w"),))], [lone])[0]
     assert verdict.text == "undecided"
-    assert "nan" not in forest(verdict.findings)[0]
+    root = ElementTree.fromstring(forest(verdict.findings)[0])
+    places = [float(value) for element in root for name, value in element.items() if name in ("x1", "x2", "cx")]
+    assert places
+    assert all(0 <= place <= 960 for place in places)
 
 
 @pytest.mark.parametrize(
