@@ -76,7 +76,7 @@ KICKED = {
 # From one learning rate of a front to the next.
 FACTORS = {Scale.SMOKE: 2.0, Scale.QUICK: 2**0.5, Scale.FULL: 2**0.25}
 # Relative standard error of a sampled variance, and how many replicas are run at once.
-ERRORS = {Scale.SMOKE: 0.003, Scale.QUICK: 0.0015, Scale.FULL: 0.0007}
+ERRORS = {Scale.SMOKE: 0.002, Scale.QUICK: 0.0015, Scale.FULL: 0.0007}
 REPLICAS = 20_000
 
 
@@ -115,7 +115,7 @@ class NoisyQuadratic:
     """The experiment; see the module."""
 
     name = "noisy-quadratic"
-    revision = 1
+    revision = 3
 
     def names(self) -> tuple[str, ...]:
         """Every figure that it can make."""
@@ -298,8 +298,11 @@ def _of_fronts(found: dict[str, fronts.Front]) -> Iterator[Figure]:
         if arm not in found or base not in found:
             continue
         for horizon in fronts.HORIZONS:
-            ratio = found[arm].best(horizon) / found[base].best(horizon)
-            note = f"loss after {horizon} gradients at a constant learning rate, each tuned, 100 curvatures 1/i"
+            ratio = found[arm].best(horizon)[0] / found[base].best(horizon)[0]
+            note = (
+                f"loss after {horizon} gradients at a constant learning rate, 100 curvatures 1/i; each at its best, "
+                f"{_best_lr(found[arm], horizon)} and {_best_lr(found[base], horizon)}"
+            )
             yield _ratio(f"{name}.tuned-after-{horizon}.{arm}-{base}", ratio, note)
         note = "loss after 1000 gradients at equal steady-state loss, geometric mean"
         yield _ratio(f"{name}.front.{arm}-{base}", fronts.ratio_along(found[arm], found[base], 1000), note)
@@ -324,6 +327,12 @@ def _picture(found: dict[str, fronts.Front]) -> Picture:
     axes.legend()
     title = "Noisy quadratic model: what is reached after 1000 gradients, for each steady-state loss"
     return Picture("noisy-quadratic-front", title, svg.text(figure))
+
+
+def _best_lr(front: fronts.Front, horizon: int) -> str:
+    _, best = front.best(horizon)
+    edge = best >= fronts.HIGHEST_LR or best < 2 * fronts.LOWEST_LR
+    return f"{best:.3g}" + (" (at the edge of those tried)" if edge else "")
 
 
 def _ratio(name: str, value: float, note: str) -> Figure:

@@ -36,7 +36,7 @@ ALL_BETAS = (0.0, 0.3, 0.5, 0.6, 0.669, 0.75, *BETAS)
 LIMITS = ((0.99, 1.0), (0.9, 3.0))
 # The package's map is read off at these.
 STEPPED = ((0.5, 0.5), (0.8, 1.6), (0.9, 0.3), (0.9, 3.0), (0.95, 1.0), (0.99, 0.1), (0.99, 1.0))
-SIZES = {Scale.SMOKE: (120, 40), Scale.QUICK: (400, 120), Scale.FULL: (1000, 240)}
+SIZES = {Scale.SMOKE: (120, 40), Scale.QUICK: (200, 80), Scale.FULL: (400, 160)}
 
 
 def _others(scale: Scale) -> tuple[Method, ...]:
@@ -296,7 +296,7 @@ def _picture(word: str, result: Mapping[str, Any]) -> Picture:
         axes.scatter([], [], marker="s", color=colours(place), label=label)
         for place, label in enumerate(("neither converges", "both do", "Lookahead alone", "heavy ball alone"))
     ]
-    axes.legend(handles=handles, loc="upper left", fontsize="small")
+    axes.legend(handles=handles, loc="lower right", fontsize="small")
     title = f"Lookahead (k 5, α .5, momentum at a sync: {word}) and heavy ball on curvatures from 1/{CONDITION:g} to 1"
     return Picture(f"quadratics-{word}", title, svg.text(figure))
 
