@@ -1,12 +1,13 @@
 """Local SGD and DiLoCo on simulated workers, against synchronous SGD of the same total batch.
 
-Workers are a dimension of the weights, [R seeds, W workers, ...], in one process. A worker trains on its own weights with
-its own moments; every k steps the mean over the workers takes each one's place and the package's own `sync()` makes the
-outer step from it. That is what `process_group=` does with an all_reduce between processes.
+Workers are a dimension of the weights, [R seeds, W workers, ...], in one process. A worker trains on its own weights
+with its own moments; every k steps the mean over the workers takes each one's place and the package's own `sync()`
+makes the outer step from it. That is what `process_group=` does with an all_reduce between processes.
 
-All sides see the same samples: a total batch of B is B / n from each of n shards of scikit-learn's digits, whose classes
-are spread over the shards by a Dirichlet distribution (no shard looks like the whole) or evenly. Controls: an average of
-the synchronous weights (EMA), and synchronous SGD that talks as seldom as the workers do, with k times the batch.
+All sides see the same samples: a total batch of B is B / n from each of n shards of scikit-learn's digits, whose
+classes are spread over the shards by a Dirichlet distribution (no shard looks like the whole) or evenly. Controls: an
+average of the synchronous weights (EMA), and synchronous SGD that talks as seldom as the workers do, with k times the
+batch.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.evidence.contest import Contest, Grid, Outcome, Point
-from bench.evidence.experiment import JSON, Job, Scale
+from bench.evidence.experiment import Job, Scale
 from bench.evidence.figures import Figure, Picture
 from bench.evidence.records import Records
 from bench.evidence.statistics import paired
@@ -182,9 +183,7 @@ def _compared(name: str, arm: Outcome, other: Outcome, note: str) -> Iterator[Fi
         yield paired(f"{name}.{metric}", arm[metric], other[metric], unit=unit, better=better, note=note)
 
 
-def train(
-    task: Task, plan: Plan, side: Side, rule: str, point: Point, cosine: bool
-) -> tuple[list[Tensor], Tensor]:
+def train(task: Task, plan: Plan, side: Side, rule: str, point: Point, cosine: bool) -> tuple[list[Tensor], Tensor]:
     """Held-out losses every k batches, each [R], and the accuracy at the end, [R], in points; on the slow weights."""
     net = task.network(task.count if side.local else 1)
     optimizer = inner(net, rule, point, side, plan.steps)
@@ -264,7 +263,9 @@ class Task:
             rng = np.random.default_rng([seed, 2, count])
             parts = shards(labels[own], count, concentration, rng)
             uniform = rng.random((plan.steps, count, plan.batch // count))
-            batches.append(np.stack([own[part[(uniform[:, w] * len(part)).astype(int)]] for w, part in enumerate(parts)], 1))
+            batches.append(
+                np.stack([own[part[(uniform[:, w] * len(part)).astype(int)]] for w, part in enumerate(parts)], 1)
+            )
         # [R, steps, W, b]
         self._batches = torch.from_numpy(np.stack(batches))
 
