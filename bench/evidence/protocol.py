@@ -229,7 +229,7 @@ class Comparison:
         ]
 
     def _unscheduled(self, plan: Plan, records: Records) -> Iterator[Figure]:
-        """Schedule-Free at a constant learning rate against the base at a cosine schedule, as its authors compare it."""
+        """Schedule-Free at a constant learning rate against the base at a cosine schedule, as its authors compare."""
         runs: dict[str, Trained] = {}
         notes = []
         sides: tuple[tuple[str, Schedule, str], ...] = (

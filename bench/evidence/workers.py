@@ -106,7 +106,7 @@ class Workers:
     revision: int = 1
 
     def names(self) -> tuple[str, ...]:
-        return (f"{self.name}.*-base.*", f"{self.name}.*-large-batch.*", f"{self.name}.*-one.*")
+        return tuple(f"{self.name}.*-{other}.*" for other in ("base", "large-batch", "average", "one"))
 
     def jobs(self, scale: Scale, records: Records) -> Iterator[Job]:
         for count in self.plans[scale].counts:
@@ -120,6 +120,7 @@ class Workers:
             for count, by_arm in outcomes.items():
                 pairs = [(arm, "base", by_arm.get("base")) for arm in by_arm]
                 pairs += [(arm, "large-batch", by_arm.get("large-batch")) for arm in by_arm if SIDES[arm].local]
+                pairs += [(arm, "average", by_arm.get("average")) for arm in by_arm if SIDES[arm].local]
                 pairs += [(arm, "one", outcomes.get(1, {}).get(arm)) for arm in by_arm if count > 1]
                 for arm, against, other in pairs:
                     if other is not None and arm != against:
