@@ -119,8 +119,8 @@ class Comparison:
                 point = self.point(plan, schedule, arm, records)
                 if point is None and not plan.budget:
                     warnings.warn(
-                        f"{self.name}: no settings of {arm} at the {schedule} schedule are kept; run the full scale, "
-                        "then python -m bench.evidence.tuned. Its figures are missing.",
+                        f"{self.name}: no settings of {arm.name} at the {schedule} schedule are kept; run the full "
+                        "scale, then python -m bench.evidence.tuned. Its figures are missing.",
                         stacklevel=2,
                     )
                 if point is not None:

@@ -25,7 +25,7 @@ def test_no_example_is_in_two_parts(source: Callable[[], data.Images | data.Patc
     assert not examples["train"] & examples["test"]
     assert not examples["train"] & examples["validation"]
     assert not examples["validation"] & examples["test"]
-    assert all(0 <= part.min() and 0.9 < part.max() <= 1 for part in parts.values())
+    assert all(part.min() >= 0 and 0.9 < part.max() <= 1 for part in parts.values())
 
 
 @pytest.mark.parametrize(
@@ -80,10 +80,10 @@ def test_the_bible_is_read_without_its_references(tmp_path: Path) -> None:
     name, parts = data.text(str(program))
     assert "Bible" in name
     assert sum(map(len, parts.values())) == pytest.approx(3_000_000 * (len(verse) - 6) / len(verse), rel=1e-3)
-    assert len(parts["train"].unique()) == len(set(verse[6:]))  # no digit and no colon of "Ge1:1"
+    assert len(set(parts["train"].tolist())) == len(set(verse[6:]))  # no digit and no colon of "Ge1:1"
     program.write_text("#!/bin/sh\necho another program of that name\n")
     data.text.cache_clear()
-    with pytest.raises(RuntimeError, match="prints 25 characters"):
+    with pytest.raises(RuntimeError, match="prints 20 characters"):
         data.text(str(program))
 
 
