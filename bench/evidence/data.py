@@ -222,6 +222,7 @@ def patches(code: int = 0) -> Patches:
     parts = {}
     for part, at in places.items():
         found = torch.cat([squares[i] for i in at])
+        found = found[found.flatten(1).std(1) > 0]  # black skies are alike, and teach nothing
         # The first ones of a part are to be a sample of it.
         parts[part] = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(1))]
     return Patches(name, parts, code)

@@ -174,5 +174,6 @@ class _Climb:
             self.scores[place] = math.inf if math.isnan(score) else score
 
     def _better(self, place: Place) -> bool:
-        """Of equals, which diverged runs are, the smaller learning rate."""
-        return (self.scores[place], place.lr) < (self.scores[self.best], self.best.lr)
+        """Of two that diverged the smaller learning rate."""
+        score, best = self.scores[place], self.scores[self.best]
+        return score < best or (score == best == math.inf and place.lr < self.best.lr)
