@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bench.evidence import svg
 from bench.evidence.contest import Contest, Grid, Outcome, Point
 from bench.evidence.experiment import Job, Scale
 from bench.evidence.figures import Figure, Picture
@@ -106,7 +107,8 @@ class Workers:
     revision: int = 1
 
     def names(self) -> tuple[str, ...]:
-        return tuple(f"{self.name}.*-{other}.*" for other in ("base", "large-batch", "average", "one"))
+        """Figures: "<name>.<workers>.<side>-<what it is compared with>.<final, progress or accuracy>"."""
+        return tuple(f"{self.name}.*-{against}.*" for against in ("base", "large-batch", "average", "one"))
 
     def jobs(self, scale: Scale, records: Records) -> Iterator[Job]:
         for count in self.plans[scale].counts:
@@ -119,8 +121,8 @@ class Workers:
             outcomes = {count: self._outcomes(scale, count, records) for count in self.plans[scale].counts}
             for count, by_arm in outcomes.items():
                 pairs = [(arm, "base", by_arm.get("base")) for arm in by_arm]
-                pairs += [(arm, "large-batch", by_arm.get("large-batch")) for arm in by_arm if SIDES[arm].local]
-                pairs += [(arm, "average", by_arm.get("average")) for arm in by_arm if SIDES[arm].local]
+                for against in ("large-batch", "average"):
+                    pairs += [(arm, against, by_arm.get(against)) for arm in by_arm if SIDES[arm].local]
                 pairs += [(arm, "one", outcomes.get(1, {}).get(arm)) for arm in by_arm if count > 1]
                 for arm, against, other in pairs:
                     if other is not None and arm != against:
@@ -130,6 +132,11 @@ class Workers:
         return list(found.values())
 
     def pictures(self, records: Records) -> list[Picture]:
+        """Held-out loss over the number of workers, of the largest scale that has recorded any."""
+        for scale in (Scale.FULL, Scale.QUICK, Scale.SMOKE):
+            outcomes = {count: self._outcomes(scale, count, records) for count in self.plans[scale].counts}
+            if any(outcomes.values()):
+                return [_picture(self, scale, outcomes)]
         return []
 
     def _contest(self, scale: Scale, count: int) -> Contest:
@@ -177,6 +184,21 @@ class Workers:
                 edge = ", at the edge of its grid" if contest.at_edge(arm, get) else ""
                 told.append(f"{arm}: lr {best.lr:g}, momentum {best.beta:g}{edge}")
         return f"{scale.value}; " + "; ".join(told) + "."
+
+
+def _picture(experiment: Workers, scale: Scale, outcomes: Mapping[int, Mapping[str, Outcome]]) -> Picture:
+    figure, axes = svg.axes()
+    for arm in SIDES:
+        means = {count: float(np.mean(by_arm[arm]["final"])) for count, by_arm in outcomes.items() if arm in by_arm}
+        axes.plot(list(means), list(means.values()), "o-" if SIDES[arm].local else "s--", label=arm)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("workers")
+    axes.set_ylabel("held-out loss at the end, nats; each side tuned")
+    axes.legend()
+    spread = "evenly spread" if experiment.concentration is None else f"Dirichlet({experiment.concentration:g}) shards"
+    schedule = "cosine" if experiment.cosine else "constant"
+    title = f"Simulated workers: {experiment.rule}, {schedule} learning rate, {spread} ({scale.value})"
+    return Picture(f"{experiment.name}-loss", title, svg.text(figure))
 
 
 def _compared(name: str, arm: Outcome, other: Outcome, note: str) -> Iterator[Figure]:

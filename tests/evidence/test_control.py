@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,6 @@ from bench.evidence.records import Records
 from lookahead_fused import Lookahead
 
 PLAN = dqn.Plan(steps=160, environments=3, hidden=8, batch=16, warm_up=40, target_every=25, evaluations=4, episodes=2)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks are so small that threads would wait for each other longer than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run_all(experiment: Experiment, scale: Scale, records: Records) -> list[Mapping[str, Any]]:
@@ -281,3 +272,18 @@ def test_an_arm_is_run_over_its_own_optimizer() -> None:
         assert {name: len(values) for name, values in outcome.items()} == {"return": 2, "area": 2}
         assert all(1 <= value <= 500 for values in outcome.values() for value in values)
     assert len({str(outcome) for outcome in outcomes.values()}) == len(outcomes)
+
+
+def test_the_picture_has_every_arm_and_where_it_is_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        control, "run", lambda plan, arm, point, seeds: {"return": [1.0] * len(seeds), "area": [1.0] * len(seeds)}
+    )
+    experiment, records = (
+        Control(sizes=dict.fromkeys(Scale, Size(PLAN, Grid((1e-3, 2e-3), (0.5, 0.9), 0), 2, 6))),
+        Records(None),
+    )
+    assert experiment.pictures(records) == []
+    run_all(experiment, Scale.QUICK, records)
+    (picture,) = experiment.pictures(records)
+    assert all(arm in picture.svg for arm in control.TUNED)
+    assert "quick" in picture.title

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,6 @@ from bench.evidence.gpu_models import GPT, ResNet
 from bench.evidence.gpu_train import Classify, Point, Size, Write
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -97,7 +88,7 @@ def test_images_are_read_as_published(tmp_path: Path, classes: int, labels: int)
 
 def test_what_is_not_in_a_published_form_is_refused(folder: Path, tmp_path: Path) -> None:
     """In words that name the file and say what is wrong."""
-    with pytest.raises(DataError, match="there is no folder .*nowhere"):
+    with pytest.raises(DataError, match=r"there is no folder .*nowhere"):
         gpu_data.find(tmp_path / "nowhere")
     with pytest.raises(DataError, match="has none of cifar-10-batches-bin/"):
         gpu_data.find(tmp_path)
