@@ -142,6 +142,14 @@ def test_the_command_makes_pages_from_kept_figures(
     assert command.main(["report", str(kept), "--out", str(tmp_path / "pages")]) == 0
     assert "Scale quick" in (tmp_path / "pages" / "report.md").read_text()
     assert (tmp_path / "pages" / "report.html").read_text().startswith("<!doctype html>")
+    # Beside the figures of another machine.
+    others = [Figure("nothing.else", 1.0, 1.0, 1.0, 0.0, 0, "ratio", 0)]
+    results.save(results.Results({**CONDITIONS, "scale": "gpu", "machine": "A GPU"}, {}, others), tmp_path / "gpu.json")
+    both = [str(kept), str(tmp_path / "gpu.json")]
+    assert command.main(["report", *both, "--out", str(tmp_path / "pages")]) == 0
+    page = (tmp_path / "pages" / "report.html").read_text()
+    assert "figures of gpu: A GPU" in page
+    assert "All 4 figures" in page
     capsys.readouterr()
     assert command.main(["report", str(tmp_path / "absent.json"), "--out", str(tmp_path)]) == 2
     assert "absent.json" in capsys.readouterr().err
