@@ -157,8 +157,8 @@ def fashion(root: Path = DATASETS) -> Images:
     return Images(
         "Fashion-MNIST (Debian)",
         {
-            "train": (images[:55_000], classes[:55_000]),
-            "validation": (images[55_000:], classes[55_000:]),
+            "train": (images[:-5_000], classes[:-5_000]),
+            "validation": (images[-5_000:], classes[-5_000:]),
             "test": _idx(folder, "t10k"),
         },
     )

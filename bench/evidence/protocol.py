@@ -36,7 +36,7 @@ from bench.evidence.records import Records
 from bench.evidence.search import Found, Search, Space, found, search
 from bench.evidence.statistics import FEWEST, paired, ratio, variance_ratio
 from bench.evidence.tasks import TASKS
-from bench.evidence.training import SCHEDULES, Point, Schedule, Task, Trained, from_json, to_json, train
+from bench.evidence.training import SCHEDULES, Point, Schedule, Task, Trained, floats, from_json, to_json, train
 
 SMALL_LR, UNTUNED = "base-small-lr", "lookahead-untuned"
 UNITS = {"loss": ("final", "nats", -1), "accuracy": ("accuracy", "points", 1), "psnr": ("psnr", "dB", 1)}
@@ -169,8 +169,10 @@ class Comparison:
         """The search of an arm, as far as it is recorded and one training further."""
 
         def score(point: Point) -> float | None:
-            trained = self._trained(plan, schedule, arm.name, point, self.tuning(plan), records)
-            return None if trained is None else sum(trained.validation) / len(trained.validation)
+            setting = self._setting(plan, schedule, arm.name, point, self.tuning(plan))
+            result = records.get(self.name, self.revision, setting)
+            # The whole of a result is not wanted here, and there are many.
+            return None if result is None else float(np.mean(floats(result, "validation")))
 
         return search(Space(arm, self.task.rule, self.task.lr), score, plan.budget)
 

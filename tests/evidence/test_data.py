@@ -92,7 +92,7 @@ def test_fashion_is_read_from_its_four_files(tmp_path: Path) -> None:
         data.fashion(tmp_path / "nowhere")
     folder = tmp_path / "fashion-mnist"
     folder.mkdir()
-    for prefix, count in (("train", 55_002), ("t10k", 3)):
+    for prefix, count in (("train", 5_002), ("t10k", 3)):
         pixels = bytearray(count * 784)
         pixels[-784 : -784 + 2] = bytes([255, 51])  # the last image's first row
         (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + pixels, 1))
@@ -100,8 +100,8 @@ def test_fashion_is_read_from_its_four_files(tmp_path: Path) -> None:
         (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + labels, 1))
     found = data.fashion(tmp_path)
     assert {name: len(images) for name, (images, _) in found.parts.items()} == {
-        "train": 55_000,
-        "validation": 2,
+        "train": 2,
+        "validation": 5_000,
         "test": 3,
     }
     images, classes = found.parts["test"]
@@ -109,7 +109,8 @@ def test_fashion_is_read_from_its_four_files(tmp_path: Path) -> None:
     assert images[2, 0, 0, :3].tolist() == pytest.approx([1.0, 0.2, 0.0])
     assert images[0].max() == 0
     assert classes.tolist() == [0, 1, 2]
-    assert found.parts["validation"][1].tolist() == [0, 1]
+    assert found.parts["train"][1].tolist() == [0, 1]
+    assert found.parts["validation"][1][:3].tolist() == [2, 3, 4]
 
 
 @pytest.mark.skipif(
