@@ -71,23 +71,24 @@ class Quadratics:
         """Speeds, regions, limits and the package's maps."""
         curvatures, lrs = SIZES[scale]
         size: dict[str, JSON] = {"curvatures": curvatures, "lrs": lrs}
+        cost = 6e-6 * curvatures * lrs
         for beta in ALL_BETAS:
             setting: dict[str, JSON] = {"part": "heavy-ball", "beta": beta, **size}
-            yield Job(setting, lambda b=beta: speed(Method(momentum=b), curvatures, lrs), 0.1)  # type: ignore[misc]
+            yield Job(setting, lambda b=beta: speed(Method(momentum=b), curvatures, lrs), cost / 5)  # type: ignore[misc]
             for word, method in self._beside(scale):
                 own = replace(method, momentum=beta)
                 setting = {"part": "speed", "word": word, "method": asdict(own), **size}
-                yield Job(setting, lambda own=own: speed(own, curvatures, lrs), 0.3)  # type: ignore[misc]
+                yield Job(setting, lambda own=own: speed(own, curvatures, lrs), cost)  # type: ignore[misc]
         for word, method in self._beside(scale):
             if word in TREATMENTS or method == BESIDE[word]:
                 setting = {"part": "region", "word": word, "method": asdict(method), **size}
-                yield Job(setting, lambda method=method: region(method, curvatures, lrs), 1.0)  # type: ignore[misc]
+                yield Job(setting, lambda method=method: region(method, curvatures, lrs), cost)  # type: ignore[misc]
         for beta, lr in LIMITS:
             setting = {"part": "limit", "beta": beta, "lr": lr}
-            yield Job(setting, lambda beta=beta, lr=lr: limit(beta, lr), 0.3)  # type: ignore[misc]
+            yield Job(setting, lambda beta=beta, lr=lr: limit(beta, lr), 0.1)  # type: ignore[misc]
         for word, method in BESIDE.items():
             setting = {"part": "package", "word": word}
-            yield Job(setting, lambda method=method: stepped(method), 0.3)  # type: ignore[misc]
+            yield Job(setting, lambda method=method: stepped(method), 0.1)  # type: ignore[misc]
 
     def figures(self, records: Records) -> list[Figure]:
         """Of every part that is recorded."""
