@@ -72,7 +72,7 @@ class Plan:
 
     arms: tuple[str, ...] = tuple(ARMS)
     schedules: tuple[Schedule, ...] = SCHEDULES
-    tuning: int = 4
+    tuning: int = 6
     fresh: int = 20
     budget: int = 20
     steps: int | None = None
