@@ -81,10 +81,42 @@ def test_a_cart_that_fell_begins_again() -> None:
 
 def test_a_seed_trains_in_a_stack_as_alone() -> None:
     """A draw, a loss or a replay that seeds share would make them another's."""
-    together = dqn.train(PLAN, [5, 6, 7], adam, constant)
+    nets: list[list[Tensor]] = []
+
+    def kept(net: list[Tensor]) -> torch.optim.Optimizer:
+        nets.append(net)
+        return adam(net)
+
+    together = dqn.train(PLAN, [5, 6, 7], kept, constant)
+    alone = dqn.train(PLAN, [6], kept, constant)
     assert together.shape == (3, 4)
-    assert (dqn.train(PLAN, [6], adam, constant)[0] == together[1]).all()
-    assert not (together[0] == together[2]).all()
+    assert (alone[0] == together[1]).all()
+    for p, own in zip(*nets, strict=True):
+        assert torch.allclose(p[1], own[0], rtol=1e-3, atol=1e-5)
+        assert not torch.allclose(p[0], p[2], rtol=1e-3, atol=1e-5)
+
+
+def test_an_episode_that_its_time_limit_ends_bootstraps_and_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cart falls within six steps: replay has no end of an episode, and none is older."""
+    ages: list[int] = []
+    ends: list[bool] = []
+    add, step = dqn.Replay.add, dqn.CartPoles.step
+
+    def watched_add(self: dqn.Replay, before: Any, actions: Any, after: Any, terminated: Any) -> None:
+        ends.append(bool(terminated.any()))
+        add(self, before, actions, after, terminated)
+
+    def watched_step(self: dqn.CartPoles, actions: Any) -> Any:
+        found = step(self, actions)
+        ages.append(int(self.ages.max()))
+        return found
+
+    monkeypatch.setattr(dqn.CartPoles, "LONGEST", 6)
+    monkeypatch.setattr(dqn.Replay, "add", watched_add)
+    monkeypatch.setattr(dqn.CartPoles, "step", watched_step)
+    assert (dqn.train(PLAN, [0], adam, constant) == 6).all()
+    assert not any(ends)
+    assert (len(ends), max(ages)) == (PLAN.steps, 6)
 
 
 def test_the_loss_is_double_dqns() -> None:
@@ -262,6 +294,12 @@ def test_figures_are_arm_minus_base(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {name.split(".")[2] for name in figures if ".constant." in name}
     assert kinds == {"lookahead-base", "ema-base", "outer-momentum-base"}
     assert "dqn.one-lr.base-small-lr-base.return" in figures
+
+
+def test_a_return_is_the_last_quarter_and_the_area_is_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dqn, "train", lambda *_, **__: np.array([[0.0, 1, 2, 3, 4, 5, 6, 7, 8, 9]]))
+    plan = dqn.Plan(steps=200, evaluations=10)
+    assert control.run(plan, "base", Point(1e-3, 0.9), [0]) == {"return": [8.5], "area": [4.5]}
 
 
 def test_an_arm_is_run_over_its_own_optimizer() -> None:
