@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import needs_gloo, on_ranks
+from releases import needs_torch
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch was built without torch.distributed"
@@ -274,6 +275,7 @@ def test_workers_that_differ_are_all_told(tmp_path: Path) -> None:
 
 
 @needs_gloo
+@needs_torch("2.9", "gloo heed the time that an operation is given")
 def test_a_missing_worker(tmp_path: Path) -> None:
     """gloo's own error after its time, a step that was not made, and a run that goes on from there."""
     on_ranks(2, COMMON + MISSING, tmp_path)
