@@ -11,6 +11,7 @@
 #   PICTURE  where `make bench` draws the ratios:  make bench PICTURE=bench/report/cpu.png
 #   SYSTEM   1: `make gpu-report` and `make sanitize` take PYTHON as it is and build in the source tree; no network
 #   OUT      the folder that `make gpu-report` leaves its stages' results in
+#   DATA     the folder with CIFAR and a text that `make evidence-gpu` measures on
 #   STAGE    which of its stages it runs: quick, tests, sanitize, bench, profile, or all
 #   ARGS     further arguments of the script or of pytest:  make test ARGS="-k checkpoint"
 
@@ -40,7 +41,7 @@ GPU_PY := $(if $(ON_SYSTEM),$(PYTHON),$(PY))
 GPU_NEEDS := $(if $(ON_SYSTEM),,$(VENV)/.extra-test $(VENV)/.extra-demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo evidence evidence-report test test-tools test-clients lint format bench bench-cpu bench-compare bench-check bench-baseline bench-predict wheel release-wheel test-versions test-tritons sanitize sanitize-cpu gpu-report clean
+.PHONY: help demo evidence evidence-report evidence-gpu test test-tools test-clients lint format bench bench-cpu bench-compare bench-check bench-baseline bench-predict wheel release-wheel test-versions test-tritons sanitize sanitize-cpu gpu-report clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -53,6 +54,10 @@ evidence: $(VENV)/.extra-evidence ## measure what slow weights do for training, 
 
 evidence-report: $(VENV)/.extra-evidence ## the pages of that measurement, from the figures kept in FIGURES
 	$(PY) -m bench.evidence report $(FIGURES) $(ARGS)
+
+# Where the GPU's Python is the system's, it has what [evidence] names; the folder has the data, nothing is downloaded.
+evidence-gpu: $(if $(ON_SYSTEM),,$(VENV)/.extra-evidence) ## CIFAR and a GPT of 124 M on a GPU: make evidence-gpu DATA=folder (ARGS=--dry-run: on a CPU)
+	$(GPU_PY) -m bench.evidence.gpu $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 # Two workers share the cores: a thread that spins, as OpenMP's do by default, takes one from the other's test.
 test test-tools test-clients test-versions test-tritons sanitize-cpu: export OMP_WAIT_POLICY ?= passive

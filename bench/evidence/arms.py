@@ -33,6 +33,7 @@ class Rule:
         beta2s: what it may be tuned to.
         elementwise: whether an element's step depends on that element's gradients alone, so that seeds may be stacked.
         averages: whether Schedule-Free's theory covers it: its first moment can be left out.
+        accumulates: whether momentum sums gradients, so that a step is 1 / (1 - beta) times as long in the long run.
     """
 
     name: str
@@ -41,6 +42,11 @@ class Rule:
     beta2s: tuple[float, ...] = ()
     elementwise: bool = True
     averages: bool = False
+    accumulates: bool = False
+
+    def lr_at(self, lr: float, beta: float, other: float) -> float:
+        """The learning rate that makes steps at momentum `other` as long as `lr` does at `beta`."""
+        return lr * (1 - other) / (1 - beta) if self.accumulates else lr
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,10 @@ class Arm:
     lr_factor: float = 1.0
     own: float | None = None
     owns: tuple[float, ...] = ()
+
+    def inner_beta(self, beta: float) -> float:
+        """The momentum of the inner rule: none in Schedule-Free, whose interpolation takes its place."""
+        return 0.0 if self.kind == "schedule-free" else beta
 
     def serves(self, rule: Rule) -> bool:
         """Whether this arm can be built over a rule."""
@@ -102,10 +112,12 @@ def build(
         raise ValueError(f"{arm.name} can't be built over {rule.name}")
     beta2 = rule.beta2 if beta2 is None else beta2
     own = arm.own if own is None else own
-    inner_beta = 0.0 if arm.kind == "schedule-free" else beta
+    inner_beta = arm.inner_beta(beta)
     base = rule.make(list(params), lr * arm.lr_factor, inner_beta, 0.0 if beta2 is None else beta2)
     if arm.kind == "lookahead":
-        return Lookahead(base, arm.k, arm.alpha, arm.momentum, outer_momentum=arm.outer_momentum)
+        # Without momentum there is none to treat, and rules that sum gradients then keep no buffer for it.
+        momentum = arm.momentum if inner_beta else "none"
+        return Lookahead(base, arm.k, arm.alpha, momentum, outer_momentum=arm.outer_momentum)
     if arm.kind == "ema":
         assert own is not None
         # A short run is shorter than the average's memory of where it began: without warm-up it would carry that.
@@ -169,12 +181,16 @@ ADAMW = Rule(
     (0.95, 0.99, 0.999),
     averages=True,
 )
-SGDM = Rule("sgd", lambda params, lr, beta, beta2: SGD(params, lr, beta, fused=True), averages=True)
+SGDM = Rule("sgd", lambda params, lr, beta, beta2: SGD(params, lr, beta, fused=True), averages=True, accumulates=True)
 RADAM = Rule(
     "radam", lambda params, lr, beta, beta2: RAdam(params, lr, (beta, beta2)), 0.999, (0.95, 0.99, 0.999), averages=True
 )
 RMSPROP = Rule(
-    "rmsprop", lambda params, lr, beta, beta2: RMSprop(params, lr, beta2, momentum=beta), 0.99, (0.95, 0.99, 0.999)
+    "rmsprop",
+    lambda params, lr, beta, beta2: RMSprop(params, lr, beta2, momentum=beta),
+    0.99,
+    (0.95, 0.99, 0.999),
+    accumulates=True,
 )
 LION = Rule("lion", lambda params, lr, beta, beta2: Lion(params, lr, (beta, beta2)), 0.99, (0.95, 0.98, 0.99))
 MUON = Rule("muon", lambda params, lr, beta, beta2: MuonAndAdamW(params, lr, beta), elementwise=False)

@@ -189,7 +189,7 @@ def windows(tokens: NDArray[np.uint16], count: int, length: int, rng: np.random.
     return torch.from_numpy(np.stack([tokens[start : start + length] for start in starts]).astype(np.int64))
 
 
-DRY_IMAGES = 40
+DRY_IMAGES = 16
 
 
 def generate(folder: Path) -> None:

@@ -49,9 +49,7 @@ class BasicBlock(nn.Module):
         self.second_norm = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.second_norm(self.second(F.relu(self.first_norm(self.first(x)))))
@@ -64,7 +62,9 @@ class GPT(nn.Module):
     With 12 layers, 12 heads, width 768, context 1024 and GPT-2's 50257 tokens it has 124,439,808 parameters.
     """
 
-    def __init__(self, vocabulary: int, context: int = 1024, layers: int = 12, heads: int = 12, width: int = 768) -> None:
+    def __init__(
+        self, vocabulary: int, context: int = 1024, layers: int = 12, heads: int = 12, width: int = 768
+    ) -> None:
         super().__init__()
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(context, width)

@@ -18,6 +18,8 @@ COLOURS = 3
 class Autoencoder:
     """Two convolutions of stride 2, a code, and their mirror. Batch: patches [R, B, 3, size, size] from 0 to 1.
 
+    The score "error" is the mean squared error of a colour value.
+
     Attributes:
         size: height and width of a patch, a multiple of 4.
         channels: of the first convolution; the second has twice as many.
@@ -58,7 +60,7 @@ class Autoencoder:
 
     def scores(self, parameters: Parameters, batch: Batch) -> dict[str, Tensor]:
         losses = self.losses(parameters, batch)
-        return {"loss": losses, "psnr": psnr(losses)}
+        return {"loss": losses, "error": losses}
 
     def encode(self, parameters: Parameters, patches: Tensor) -> Tensor:
         """Patches to codes [R, B, PER_CODE * code]."""
@@ -71,7 +73,7 @@ class Autoencoder:
         """Codes [R, B, code] to patches."""
         side = self.size // 4
         flat = torch.relu(linear(codes, parameters["decode"], parameters["decode_bias"]))
-        x = beside(flat.unflatten(-1, (2 * self.channels, side, side)))
+        x = beside(flat.view(*flat.shape[:2], 2 * self.channels, side, side))
         x = torch.relu(deconvolve(x, parameters["deconv1"], parameters["deconv1_bias"]))
         x = deconvolve(x, parameters["deconv0"], parameters["deconv0_bias"])
         return apart(x, len(codes)) + 0.5
@@ -103,13 +105,8 @@ class VariationalAutoencoder(Autoencoder):
     def scores(self, parameters: Parameters, batch: Batch) -> dict[str, Tensor]:
         patches, _ = batch
         mean, _ = self._normal(parameters, patches)
-        return {"loss": self.losses(parameters, batch), "psnr": psnr(self._errors(parameters, mean, patches))}
+        return {"loss": self.losses(parameters, batch), "error": self._errors(parameters, mean, patches)}
 
     def _normal(self, parameters: Parameters, patches: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = self.encode(parameters, patches).chunk(2, -1)
         return mean, log_variance
-
-
-def psnr(squared_errors: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, of mean squared errors of values from 0 to 1."""
-    return -10 * squared_errors.log10()

@@ -73,7 +73,7 @@ def beside(x: Tensor) -> Tensor:
 
 def apart(x: Tensor, replicas: int) -> Tensor:
     """The inverse of `beside`."""
-    return x.unflatten(1, (replicas, -1)).transpose(0, 1)
+    return x.view(len(x), replicas, -1, *x.shape[2:]).transpose(0, 1)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor, stride: int = 1) -> Tensor:

@@ -78,7 +78,7 @@ class GPT:
 
     def _attention(self, parameters: Parameters, layer: int, x: Tensor) -> Tensor:
         weights = torch.cat([parameters[f"{kind}{layer}"] for kind in PROJECTIONS], -1)
-        projected = linear(x, weights).unflatten(-1, (3, self.heads, -1))
+        projected = linear(x, weights).view(*x.shape[:-1], 3, self.heads, -1)
         query, key, value = (p.flatten(0, 1).transpose(1, 2) for p in projected.unbind(3))
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         return linear(mixed.transpose(1, 2).reshape(x.shape), parameters[f"mixed{layer}"])
