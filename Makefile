@@ -7,9 +7,11 @@
 #   ARCHS    what the CUDA module of `make wheel` is built for:  make wheel ARCHS="9.0 10.0+PTX"
 #   PYTHONS  what `make release-wheel` builds for; by default python3.10, 3.11, ... that PATH has
 #   BASE     the revision that `make bench-compare` compares this tree with:  make bench-compare BASE=v0.1.0
+#   FIGURES  what `make evidence-report` makes its pages from:  make evidence-report FIGURES=build/evidence/full/figures.json
 #   PICTURE  where `make bench` draws the ratios:  make bench PICTURE=bench/report/cpu.png
 #   SYSTEM   1: `make gpu-report` and `make sanitize` take PYTHON as it is and build in the source tree; no network
 #   OUT      the folder that `make gpu-report` leaves its stages' results in
+#   DATA     the folder with CIFAR and a text that `make evidence-gpu` measures on
 #   STAGE    which of its stages it runs: quick, tests, sanitize, bench, profile, or all
 #   ARGS     further arguments of the script or of pytest:  make test ARGS="-k checkpoint"
 
@@ -18,6 +20,7 @@ TORCH ?= torch==2.13.0
 VERSIONS ?= 3.10:2.6.0 3.12:2.9.1 3.11:2.13.0 3.13:2.15.0
 TRITONS ?= 3.4.0 3.5.1 3.6.0 3.7.1 3.8.0 3.9.0
 WORKERS ?= 2
+FIGURES ?= bench/evidence/figures.json
 PICTURE ?= build/bench/ratios.png
 OUT ?= gpu-report
 STAGE ?= all
@@ -38,7 +41,7 @@ GPU_PY := $(if $(ON_SYSTEM),$(PYTHON),$(PY))
 GPU_NEEDS := $(if $(ON_SYSTEM),,$(VENV)/.extra-test $(VENV)/.extra-demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tools test-clients lint format bench bench-cpu bench-compare bench-check bench-baseline bench-predict wheel release-wheel test-versions test-tritons sanitize sanitize-cpu gpu-report clean
+.PHONY: help demo evidence evidence-report evidence-gpu test test-tools test-clients lint format bench bench-cpu bench-compare bench-check bench-baseline bench-predict wheel release-wheel test-versions test-tritons sanitize sanitize-cpu gpu-report clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,18 +49,28 @@ help: ## this list
 demo: $(VENV)/.extra-demo ## train with and without Lookahead and compare (QUICK=1: a short run)
 	$(PY) -m bench.demo $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
 
+evidence: $(VENV)/.extra-evidence ## measure what slow weights do for training, in hours (QUICK=1: minutes, SMOKE=1: seconds)
+	$(PY) -m bench.evidence --scale $(if $(filter-out 0,$(SMOKE)),smoke,$(if $(filter-out 0,$(QUICK)),quick,full)) $(ARGS)
+
+evidence-report: $(VENV)/.extra-evidence ## the pages of that measurement, from the figures kept in FIGURES
+	$(PY) -m bench.evidence report $(FIGURES) $(ARGS)
+
+# Where the GPU's Python is the system's, it has what [evidence] names; the folder has the data, nothing is downloaded.
+evidence-gpu: $(if $(ON_SYSTEM),,$(VENV)/.extra-evidence) ## CIFAR and a GPT of 124 M on a GPU: make evidence-gpu DATA=folder (ARGS=--dry-run: on a CPU)
+	$(GPU_PY) -m bench.evidence.gpu $(if $(DATA),--data "$(DATA)") $(ARGS)
+
 # Two workers share the cores: a thread that spins, as OpenMP's do by default, takes one from the other's test.
 test test-tools test-clients test-versions test-tritons sanitize-cpu: export OMP_WAIT_POLICY ?= passive
 
-# What builds wheels, reads machine code, reports a build or measures is no other under another torch, and takes as long
+# What builds wheels, reads machine code, reports a build, measures or trains is no other under another torch, and takes as long
 # as the rest; clients are installed by `make test-clients`.
-TOOLS := building benchmarks
+TOOLS := building benchmarks evidence
 APART := $(TOOLS) clients
 
 test: $(VENV)/.extra-test ## the tests of the package
 	LOOKAHEAD_FUSED_EXPECTED_IN=$(CURDIR) $(PY) $(PYTEST) $(SHARED) $(APART:%=--ignore tests/%) $(ARGS)
 
-test-tools: $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.extra-release ## the tests of what builds it, of the machine code, and of the benchmarks
+test-tools: $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.extra-evidence $(VENV)/.extra-release ## the tests of what builds it, of the machine code, of the benchmarks and the evidence
 	LOOKAHEAD_FUSED_EXPECTED_IN=$(CURDIR) $(PY) $(PYTEST) $(GROUPED) $(ARGS) $(TOOLS:%=tests/%)
 
 CLIENTS := accelerate deepspeed fastai lightning skorch stable-baselines3 transformers

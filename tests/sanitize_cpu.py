@@ -24,7 +24,7 @@ CXX = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.w
 # Of the optimizations the first level: a walk of intrinsics without any takes ten times as long.
 FLAGS = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 # What builds or compiles something in processes of its own, and what steps on another backend.
-LEFT_OUT = ("building", "benchmarks", "clients", "test_cuda*", "test_triton*")
+LEFT_OUT = ("building", "benchmarks", "clients", "evidence", "test_cuda*", "test_triton*")
 NOT_COMPILED = "not compile"
 # Every access of a walk is in these; the others look at what surrounds it.
 QUICK = ("test_layout.py", "test_native.py", "test_moves.py", "test_rules.py")

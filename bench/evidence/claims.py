@@ -9,14 +9,15 @@ The rule, the only place where a verdict is made:
 
        better      yes: d > m throughout      no: d <= m throughout
        worse       yes: d < -m throughout     no: d >= -m throughout
-       not worse   yes: d > -m throughout     no: d <= -m throughout
+       not better  yes: d <= m throughout     no: d > m throughout
+       not worse   yes: d >= -m throughout    no: d < -m throughout
        equivalent  yes: |d| < m throughout    no: |d| > m throughout
        above       yes: value > m throughout  no: value <= m throughout
        below       yes: value < m throughout  no: value >= m throughout
 
    and it is "open" where the interval has values of both kinds. So m is the smallest difference that counts, and an
    interval below it is a "no" to "better", not an absence of evidence.
-2. An answer that says "these differ" (yes to better and worse, no to the other two) also needs a p-value of 0.05 at
+2. An answer that says "these differ" (yes to better and worse, no to the other three) also needs a p-value of 0.05 at
    most after Holm's correction over all figures that the claims name; without, it is open. `above` and `below` are
    about a quantity, not a comparison, and go by the interval alone.
 3. A condition without a figure is "missing".
@@ -46,8 +47,8 @@ ENTRIES = Path(__file__).with_name("claims.toml")
 SIGNIFICANT = 0.05
 NOT_RUN = "its experiment was not run"
 
-Relation = Literal["better", "worse", "not worse", "equivalent", "above", "below"]
-COMPARING = ("better", "worse", "not worse", "equivalent")
+Relation = Literal["better", "worse", "not better", "not worse", "equivalent", "above", "below"]
+COMPARING = ("better", "worse", "not better", "not worse", "equivalent")
 Answer = Literal["yes", "no", "open", "missing"]
 FLIPPED: dict[Answer, Answer] = {"yes": "no", "no": "yes", "open": "open"}
 Outcome = Literal["holds", "holds when", "does not hold", "undecided", "untested here"]
@@ -115,7 +116,7 @@ class Verdict:
     def text(self) -> str:
         """The verdict as a phrase: "holds when constant learning rate"."""
         if self.outcome == "holds when":
-            return "holds when " + ", ".join(finding.when for finding in self.findings if finding.answer == "yes")
+            return "holds when " + "; ".join(finding.when for finding in self.findings if finding.answer == "yes")
         if self.outcome == "untested here":
             return f"untested here, because {self.reason}"
         return self.outcome
@@ -136,6 +137,11 @@ def failed(verdicts: Sequence[Verdict], *, all_run: bool) -> list[Verdict]:
     """Claims that must hold and do not; `all_run`: where every experiment was run, none may be untested either."""
     passing = {"holds"} if all_run else {"holds", "untested here"}
     return [verdict for verdict in verdicts if verdict.claim.must and verdict.outcome not in passing]
+
+
+def missing(verdicts: Sequence[Verdict]) -> list[str]:
+    """Figures, by name or glob, that conditions ask for and that are not there."""
+    return sorted({f.condition.figure for verdict in verdicts for f in verdict.findings if f.answer == "missing"})
 
 
 def load(path: Path = ENTRIES) -> list[Claim]:
@@ -166,15 +172,15 @@ def answer(condition: Condition, figure: Figure, adjusted: float) -> Answer:
         return "no" if significant and (low > margin or high < -margin) else "open"
     if figure.better == 0:
         raise ValueError(f"{figure.name} calls neither side better, and a claim asks whether it is {relation}")
-    if (figure.better < 0) != (relation != "better"):
+    if (figure.better < 0) != relation.endswith("worse"):
         low, high = -high, -low
-    # By how much one side is better (better), or the arm is worse (worse, not worse).
+    # By how much the arm is better, or worse.
     beyond: Answer = "open"
     if low > margin and significant:
         beyond = "yes"
     elif high <= margin:
         beyond = "no"
-    return FLIPPED[beyond] if relation == "not worse" else beyond
+    return FLIPPED[beyond] if relation.startswith("not ") else beyond
 
 
 def pattern(glob: str) -> re.Pattern[str]:
@@ -183,7 +189,7 @@ def pattern(glob: str) -> re.Pattern[str]:
 
 
 def _adjusted(claims: Sequence[Claim], figures: Mapping[str, Figure]) -> dict[str, float]:
-    """p-values after Holm's correction over all sampled figures that a claim compares; exact ones need none."""
+    """p-values after Holm's correction over all figures that claims compare; exact ones, of p 0, change none."""
     compared = sorted(
         {
             name
@@ -191,7 +197,6 @@ def _adjusted(claims: Sequence[Claim], figures: Mapping[str, Figure]) -> dict[st
             for condition in claim.conditions
             if condition.relation in COMPARING
             for name in _matching(condition, figures)
-            if figures[name].n > 0
         }
     )
     corrected = holm([figures[name].p for name in compared])

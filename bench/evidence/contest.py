@@ -81,63 +81,56 @@ class Contest:
         for arm in self.arms:
             yield from self._tuned(arm, get)
 
-    def _tuned(self, arm: str, get: Get) -> Iterator[Job]:
-        wanted = self._start()
-        for _ in range(1 + self.grid.widen):
-            for point in wanted:
-                yield self._job(arm, point, self.tuning)
-            if any(self.outcome(arm, point, self.tuning, get) is None for point in wanted):
-                return
-            wanted = self._beyond(arm, get)
-            if not wanted:
-                break
-        best = self.best(arm, get)
-        if best is not None:
-            yield self._job(arm, best, self.fresh)
-
     def best(self, arm: str, get: Get) -> Point | None:
-        """The point with the best score on the tuning seeds; None where one of the first grid's is not recorded."""
-        scores = self.scores(arm, get)
-        if not scores.keys() >= set(self._start()):
-            return None
-        # Of equals the first: the grid's own order, smaller learning rates before larger ones.
-        return max(sorted(scores, key=lambda point: (point.lr, point.beta)), key=lambda point: scores[point])
+        """The point with the best score on the tuning seeds; None where a point that must be tried is not recorded."""
+        lrs, scores = self._ladder(arm, get)
+        return None if len(scores) < len(self._points(lrs)) else _best(scores)
 
     def at_edge(self, arm: str, get: Get) -> bool:
         """Whether the best learning rate is the smallest or the largest that was tried."""
-        best = self.best(arm, get)
-        return best is not None and best.lr in self._edges(arm, get)
+        best, (lrs, _) = self.best(arm, get), self._ladder(arm, get)
+        return best is not None and best.lr in (lrs[0], lrs[-1])
 
     def scores(self, arm: str, get: Get) -> dict[Point, float]:
         """What is recorded of an arm's tuning."""
-        found: dict[Point, float] = {}
-        smallest, largest = self.grid.lrs[0], self.grid.lrs[-1]
-        more = [smallest / 2**i for i in range(1, self.grid.widen + 1)]
-        more += [largest * 2**i for i in range(1, self.grid.widen + 1)]
-        for lr in (*self.grid.lrs, *more):
-            for beta in self.grid.betas:
-                outcome = self.outcome(arm, Point(lr, beta), self.tuning, get)
-                if outcome is not None:
-                    found[Point(lr, beta)] = self.score(outcome)
-        return found
+        return self._ladder(arm, get)[1]
 
     def outcome(self, arm: str, point: Point, seeds: tuple[int, ...], get: Get) -> Outcome | None:
         return cast("Outcome | None", get(self._setting(arm, point, seeds)))
 
-    def _start(self) -> list[Point]:
-        return [Point(lr, beta) for lr in self.grid.lrs for beta in self.grid.betas]
-
-    def _edges(self, arm: str, get: Get) -> tuple[float, float]:
-        tried = [point.lr for point in self.scores(arm, get)]
-        return min(tried), max(tried)
-
-    def _beyond(self, arm: str, get: Get) -> list[Point]:
+    def _tuned(self, arm: str, get: Get) -> Iterator[Job]:
+        seen: set[Point] = set()
+        # Where results come in between two jobs, there may be more points now than there were.
+        while new := [point for point in self._points(self._ladder(arm, get)[0]) if point not in seen]:
+            for point in new:
+                yield self._job(arm, point, self.tuning)
+            seen.update(new)
         best = self.best(arm, get)
-        if best is None:
-            return []
-        smallest, largest = self._edges(arm, get)
-        lr = {smallest: smallest / 2, largest: largest * 2}.get(best.lr)
-        return [] if lr is None else [Point(lr, beta) for beta in self.grid.betas]
+        if best is not None:
+            yield self._job(arm, best, self.fresh)
+
+    def _ladder(self, arm: str, get: Get) -> tuple[list[float], dict[Point, float]]:
+        """The learning rates that an arm is to be tried at, by what is recorded, and the scores that are there."""
+        lrs = list(self.grid.lrs)
+        for _ in range(self.grid.widen):
+            scores = self._scores(arm, lrs, get)
+            if len(scores) < len(self._points(lrs)):
+                break
+            best = _best(scores).lr
+            if best == lrs[0]:
+                lrs.insert(0, best / 2)
+            elif best == lrs[-1]:
+                lrs.append(best * 2)
+            else:
+                break
+        return lrs, self._scores(arm, lrs, get)
+
+    def _scores(self, arm: str, lrs: list[float], get: Get) -> dict[Point, float]:
+        outcomes = {point: self.outcome(arm, point, self.tuning, get) for point in self._points(lrs)}
+        return {point: self.score(outcome) for point, outcome in outcomes.items() if outcome is not None}
+
+    def _points(self, lrs: Sequence[float]) -> list[Point]:
+        return [Point(lr, beta) for lr in lrs for beta in self.grid.betas]
 
     def _job(self, arm: str, point: Point, seeds: tuple[int, ...]) -> Job:
         return Job(
@@ -148,3 +141,8 @@ class Contest:
 
     def _setting(self, arm: str, point: Point, seeds: tuple[int, ...]) -> dict[str, JSON]:
         return {**self.key, "arm": arm, "lr": point.lr, "beta": point.beta, "seeds": list(seeds)}
+
+
+def _best(scores: Mapping[Point, float]) -> Point:
+    """Of equals the one with the smallest learning rate."""
+    return max(scores, key=lambda point: scores[point])

@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from bench.evidence import dqn
+from bench.evidence import dqn, svg
 from bench.evidence.arms import ADAMW, ARMS, build
 from bench.evidence.contest import Contest, Get, Grid, Outcome, Point
 from bench.evidence.experiment import Job, Scale
@@ -41,7 +41,7 @@ class Size:
 
 LRS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SIZES: Mapping[Scale, Size] = {
-    Scale.SMOKE: Size(dqn.Plan(steps=160, evaluations=4, episodes=2), Grid(LRS[2:3], (0.9,), 0), 2, 6),
+    Scale.SMOKE: Size(dqn.Plan(steps=130, evaluations=2, episodes=2), Grid(LRS[2:3], (0.9,), 0), 2, 6),
     Scale.QUICK: Size(dqn.Plan(steps=1500), Grid(LRS, (0.9,), 0), 3, 20),
     Scale.FULL: Size(dqn.Plan(steps=3000), Grid(LRS, (0.5, 0.9, 0.95), 3), 6, 24),
 }
@@ -75,6 +75,13 @@ class Control:
         return list(found.values())
 
     def pictures(self, records: Records) -> list[Picture]:
+        """Return over the learning rate as tuning found it, at each one's best beta1, of the largest scale recorded."""
+        get = self._get(records)
+        for scale in (Scale.FULL, Scale.QUICK, Scale.SMOKE):
+            contest = self._contest(scale)
+            found = {arm: scores for arm in contest.arms if (scores := contest.scores(arm, get))}
+            if found:
+                return [_picture(self.name, scale, found)]
         return []
 
     def _contest(self, scale: Scale) -> Contest:
@@ -88,7 +95,7 @@ class Control:
             fresh=tuple(range(size.fresh)),
             run=partial(run, size.plan),
             score=lambda outcome: float(np.mean(outcome["return"])),
-            cost=size.plan.steps * 1e-4,
+            cost=size.plan.steps * 1.5e-4,
             fixed=(("one-lr", PUBLISHED),),
         )
 
@@ -112,6 +119,21 @@ def run(plan: dqn.Plan, arm: str, point: Point, seeds: Sequence[int]) -> Outcome
     )
     last = max(1, plan.evaluations // 4)
     return {"return": returns[:, -last:].mean(1).tolist(), "area": returns.mean(1).tolist()}
+
+
+def _picture(name: str, scale: Scale, found: Mapping[str, Mapping[Point, float]]) -> Picture:
+    figure, axes = svg.axes()
+    for arm, scores in found.items():
+        best: dict[float, float] = {}
+        for point, score in scores.items():
+            best[point.lr] = max(score, best.get(point.lr, -np.inf))
+        axes.plot(list(best), list(best.values()), "o-", label=arm)
+    axes.axvline(PUBLISHED.lr, color="gray", linestyle=":", label="published learning rate")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("greedy return of the tuning seeds, best beta1")
+    axes.legend()
+    return Picture(f"{name}-learning-rates", f"Double DQN on CartPole over AdamW ({scale.value})", svg.text(figure))
 
 
 def _pairs(contest: Contest, get: Get) -> Iterator[tuple[str, Outcome, Outcome, str]]:

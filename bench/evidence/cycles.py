@@ -81,13 +81,19 @@ def cycle(method: Method, curvature: npt.ArrayLike, lr: npt.ArrayLike) -> tuple[
 
 def radius(total: Array) -> Array:
     """Spectral radius [...] of maps [..., n, n]: what a cycle's contraction tends to, in every norm."""
+    if total.shape[-1] == 2:
+        half = (total[..., 0, 0] + total[..., 1, 1]) / 2
+        # Of a conjugate pair the product is the square of their size.
+        product = total[..., 0, 0] * total[..., 1, 1] - total[..., 0, 1] * total[..., 1, 0]
+        root = half**2 - product
+        return np.where(root < 0, np.sqrt(np.maximum(product, 0)), np.abs(half) + np.sqrt(np.maximum(root, 0)))
     return np.asarray(np.abs(np.linalg.eigvals(total)).max(axis=-1))
 
 
 def rate(method: Method, curvature: npt.ArrayLike, lr: npt.ArrayLike) -> Array:
     """Contraction of a gradient: the spectral radius of a cycle's map to the power 1/k."""
     total, _ = cycle(method, curvature, lr)
-    return np.asarray(radius(total) ** (1.0 / method.k))
+    return np.asarray(radius(_after_syncs(method, total)) ** (1.0 / method.k))
 
 
 def steady_variance(method: Method, curvature: float, lr: float, noise: float = 1.0) -> float:
@@ -192,6 +198,18 @@ def _sync(method: Method) -> Array:
     if method.pullback == "reset":
         event[MOMENT] = 0
     return event
+
+
+def _after_syncs(method: Method, total: Array) -> Array:
+    """The map [..., n, n] on what a state has after a sync, where θ is φ, and nothing that is always 0."""
+    if method.decay is not None:
+        return total
+    kept = [SLOW, MOMENT]
+    kept += [CACHED] if method.pullback == "pullback" else []
+    kept += [OUTER] if method.outer_momentum else []
+    small = total[..., kept, :][..., kept].copy()
+    small[..., 0] += total[..., kept, THETA]
+    return small
 
 
 def _transposed(matrices: Array) -> Array:

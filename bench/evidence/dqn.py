@@ -1,9 +1,9 @@
 """Double DQN on CartPole, many independent seeds trained at once as one stack of networks.
 
 Every tensor has a leading dimension R, one entry a seed: networks [R, in, out], environments [R, E, 4], replay
-[R, capacity, ...]. The loss is the sum over R of each seed's own mean, so that an elementwise optimizer trains each seed
-as it would train it alone; whatever is random comes from the seed's own generator, in an order that no other seed and
-no optimizer changes. Two optimizers are thus compared from the same starts with the same exploration.
+[R, capacity, ...]. The loss is the sum over R of each seed's own mean, so that an elementwise optimizer trains each
+seed as it would train it alone; whatever is random comes from the seed's own generator, in an order that no other seed
+and no optimizer changes. Two optimizers are thus compared from the same starts with the same exploration.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -225,9 +226,12 @@ class Replay:
         """Transitions at places given as numbers from 0 to 1, [R, B]."""
         places = torch.from_numpy((uniform * self.size).astype(np.int64))
         rows = torch.arange(len(places)).unsqueeze(1)
-        return self.before[rows, places], self.actions[rows, places], self.after[rows, places], self.terminated[
-            rows, places
-        ]
+        return (
+            self.before[rows, places],
+            self.actions[rows, places],
+            self.after[rows, places],
+            self.terminated[rows, places],
+        )
 
 
 class Streams:
@@ -247,9 +251,9 @@ class Streams:
         """torch.nn.Linear's start of a network 4 - hidden - hidden - 2: weights [R, in, out], biases [R, 1, out]."""
         sizes = (4, self._plan.hidden, self._plan.hidden, 2)
         net = []
-        for layer, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for layer, (inputs, outputs) in enumerate(pairwise(sizes)):
             bound, shape = 1 / math.sqrt(inputs), (inputs + 1, outputs)
-            drawn = self._stacked(partial(np.random.Generator.uniform, low=-bound, high=bound, size=shape), 3, layer)
+            drawn = self._stacked(partial(_uniform, bound=bound, shape=shape), 3, layer)
             whole = torch.from_numpy(drawn.astype(np.float32))
             net += [whole[:, :-1].clone().requires_grad_(), whole[:, -1:].clone().requires_grad_()]
         return net
@@ -280,3 +284,7 @@ class Streams:
 
     def _stacked(self, draw: Callable[[np.random.Generator], Floats], *path: int) -> Floats:
         return np.stack([draw(np.random.default_rng([seed, *path])) for seed in self._seeds])
+
+
+def _uniform(rng: np.random.Generator, bound: float, shape: tuple[int, ...]) -> Floats:
+    return rng.uniform(-bound, bound, shape)

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from bench.evidence import noisy_quadratic
+from bench.evidence import adaptive, control, convex, noisy_quadratic, protocol, quadratics, robustness, workers
 from bench.evidence.experiment import Experiment
 
-EXPERIMENTS: tuple[Experiment, ...] = (noisy_quadratic.EXPERIMENT,)
+EXPERIMENTS: tuple[Experiment, ...] = (
+    noisy_quadratic.EXPERIMENT,
+    quadratics.EXPERIMENT,
+    convex.EXPERIMENT,
+    adaptive.EXPERIMENT,
+    *protocol.EXPERIMENTS,
+    robustness.EXPERIMENT,
+    control.EXPERIMENT,
+    *workers.EXPERIMENTS,
+)

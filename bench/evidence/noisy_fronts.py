@@ -1,4 +1,4 @@
-"""The noisy quadratic model, all of it exact: what Lookahead gives at equal lr, at equal speed, and over many curvatures.
+"""The noisy quadratic model, all of it exact: Lookahead at equal lr, at equal speed, and over many curvatures.
 
 `comparisons` takes one curvature. `front` takes the paper's many, 1/i, with the noise Σ = A⁻¹ of the optimum: a
 gradient's noise has the variance a. Losses are expectations from θ₀ = 1 in each direction; there the noise of the
@@ -60,24 +60,45 @@ def comparisons() -> dict[str, JSON]:
 
 
 @dataclass(frozen=True)
-class Front:
-    """Of some settings of an arm at all learning rates: their losses in the steady state, and after HORIZONS.
+class Curve:
+    """Of one setting over its learning rates, the quietest first: steady, lrs [cells], horizons [len(HORIZONS), cells].
 
-    Over the cells that have a steady state, the best first: steady [cells], horizons [len(HORIZONS), cells].
+    steady    the loss in the steady state
+    horizons  the losses after HORIZONS
     """
 
     steady: Array
+    lrs: Array
     horizons: Array
 
-    def best(self, horizon: int) -> float:
-        """The least loss after so many gradients."""
-        return float(self.horizons[HORIZONS.index(horizon)].min())
+    def at(self, steady: Array, horizon: int) -> Array:
+        """As Front.at."""
+        after = self.horizons[HORIZONS.index(horizon)]
+        # Between two learning rates by their logarithms: a curve of fewer cells than another must not look the worse.
+        found = np.exp(np.interp(np.log(steady), np.log(self.steady), np.log(after), left=np.inf))
+        least = np.concatenate([[np.inf], np.minimum.accumulate(after)])
+        return np.asarray(np.minimum(found, least[np.searchsorted(self.steady, steady, side="right")]))
+
+
+@dataclass(frozen=True)
+class Front:
+    """The curves of an arm's settings, and the best of them."""
+
+    curves: Sequence[Curve]
+
+    def best(self, horizon: int) -> tuple[float, float]:
+        """The least loss after so many gradients, and its learning rate."""
+        place = HORIZONS.index(horizon)
+        cells = [(float(one.horizons[place].min()), one.lrs[one.horizons[place].argmin()]) for one in self.curves]
+        return min(cells)
+
+    def quietest(self) -> float:
+        """The least loss in a steady state that is to be had."""
+        return float(min(one.steady[0] for one in self.curves))
 
     def at(self, steady: Array, horizon: int) -> Array:
-        """The least losses after so many gradients among cells whose steady state is no worse; inf if there is none."""
-        least = np.minimum.accumulate(self.horizons[HORIZONS.index(horizon)])
-        place = np.searchsorted(self.steady, steady, side="right")
-        return np.asarray(np.concatenate([[np.inf], least])[place])
+        """The least losses after so many gradients where the steady state is no worse; inf if there is none."""
+        return np.asarray(np.min([one.at(steady, horizon) for one in self.curves], axis=0))
 
 
 def front(method: Method, factor: float) -> dict[str, JSON]:
@@ -91,7 +112,7 @@ def front(method: Method, factor: float) -> dict[str, JSON]:
     final = 0.5 * (a * a * steady_variances(method, a, lr)).sum(1)
     stable = np.isfinite(final)
     total, added = cycle(method, a, lr[stable])
-    result: dict[str, JSON] = {"steady": final[stable].tolist()}
+    result: dict[str, JSON] = {"steady": final[stable].tolist(), "lrs": lr[stable, 0].tolist()}
     for horizon in HORIZONS:
         if horizon % method.k:
             raise ValueError(f"after {horizon} gradients there is no sync of {method}")
@@ -104,11 +125,14 @@ def front(method: Method, factor: float) -> dict[str, JSON]:
 
 
 def read_front(results: Sequence[Mapping[str, JSON]]) -> Front:
-    """The Front of all settings of an arm, from what `front` returned for each."""
-    steady = np.concatenate([np.asarray(one["steady"], dtype=np.float64) for one in results])
-    after = [np.concatenate([np.asarray(one[f"after_{h}"], dtype=np.float64) for one in results]) for h in HORIZONS]
-    order = np.argsort(steady)
-    return Front(steady[order], np.stack(after)[:, order])
+    """The Front of an arm, from what `front` returned for each of its settings."""
+    curves = []
+    for one in results:
+        lists = [np.asarray(one[word], dtype=np.float64) for word in ("steady", "lrs")]
+        after = np.stack([np.asarray(one[f"after_{horizon}"], dtype=np.float64) for horizon in HORIZONS])
+        order = np.argsort(lists[0])
+        curves.append(Curve(lists[0][order], lists[1][order], after[:, order]))
+    return Front(curves)
 
 
 def ratio_along(one: Front, other: Front, horizon: int) -> float:
@@ -116,9 +140,10 @@ def ratio_along(one: Front, other: Front, horizon: int) -> float:
 
     The losses are those that both reach, from the least to where the other does not gain from a worse one any more.
     """
-    least = max(one.steady[0], other.steady[0])
-    most = max(least, other.steady[other.horizons[HORIZONS.index(horizon)].argmin()])
-    grid = np.geomspace(least, most, 40)
+    least = max(one.quietest(), other.quietest())
+    grid = np.geomspace(least, max(max(curve.steady[-1] for curve in other.curves), least), 400)
+    gains = grid[other.at(grid, horizon) > other.at(grid[-1:], horizon) * (1 + 1e-9)]
+    grid = np.geomspace(least, gains.max(initial=least), 40)
     return float(np.exp(np.log(one.at(grid, horizon) / other.at(grid, horizon)).mean()))
 
 

@@ -76,7 +76,7 @@ KICKED = {
 # From one learning rate of a front to the next.
 FACTORS = {Scale.SMOKE: 2.0, Scale.QUICK: 2**0.5, Scale.FULL: 2**0.25}
 # Relative standard error of a sampled variance, and how many replicas are run at once.
-ERRORS = {Scale.SMOKE: 0.003, Scale.QUICK: 0.0015, Scale.FULL: 0.0007}
+ERRORS = {Scale.SMOKE: 0.002, Scale.QUICK: 0.0015, Scale.FULL: 0.0007}
 REPLICAS = 20_000
 
 
@@ -115,7 +115,7 @@ class NoisyQuadratic:
     """The experiment; see the module."""
 
     name = "noisy-quadratic"
-    revision = 1
+    revision = 3
 
     def names(self) -> tuple[str, ...]:
         """Every figure that it can make."""
@@ -136,24 +136,25 @@ class NoisyQuadratic:
 
     def jobs(self, scale: Scale, records: Records) -> Iterator[Job]:
         """The exact ones first."""
-        yield Job({"part": "comparisons"}, fronts.comparisons, 2.0)
+        yield Job({"part": "comparisons"}, fronts.comparisons, 0.6)
         for arm, settings in _arms(scale).items():
             for method in settings:
                 factor = FACTORS[scale]
                 setting: dict[str, JSON] = {"part": "front", "arm": arm, "method": asdict(method), "factor": factor}
-                yield Job(setting, lambda m=method, f=factor: fronts.front(m, f), 0.3)  # type: ignore[misc]
+                yield Job(setting, lambda m=method, f=factor: fronts.front(m, f), 0.1)  # type: ignore[misc]
         for family, of in FAMILIES.items():
             for method in of.settings[:1] if scale is Scale.SMOKE else of.settings:
                 curvatures = [a for a in KICKED[scale] if _slowest(method, a) < 0.9995]
                 setting = {"part": "kicks", "family": family, "method": asdict(method), "curvatures": list(curvatures)}
-                yield Job(setting, lambda m=method, a=curvatures: kicked(m, a), 0.3)  # type: ignore[misc]
+                yield Job(setting, lambda m=method, a=curvatures: kicked(m, a), 0.05)  # type: ignore[misc]
         for family, of in FAMILIES.items():
             chosen = [(method, a) for method in of.settings for a in of.curvatures if _slowest(method, a) < SLOWEST]
             for method, a in [(of.settings[0], of.curvatures[1])] if scale is Scale.SMOKE else chosen:
                 error = ERRORS[scale]
                 setting = {"part": "sampled", "family": family, "method": asdict(method), "curvature": a}
                 setting["error"] = error
-                yield Job(setting, lambda m=method, a=a, e=error: sampled(m, a, e), 0.5)  # type: ignore[misc]
+                cost = _cost(method, a, error)
+                yield Job(setting, lambda m=method, a=a, e=error: sampled(m, a, e), cost)  # type: ignore[misc]
 
     def figures(self, records: Records) -> list[Figure]:
         """Of every part that is recorded."""
@@ -197,6 +198,13 @@ def sampled(method: Method, curvature: float, error: float) -> dict[str, JSON]:
         "exact": variance,
         **asdict(sample(method, curvature, LR, variance=variance, error=error, replicas=REPLICAS, seed=seed)),
     }
+
+
+def _cost(method: Method, curvature: float, error: float) -> float:
+    """Seconds to sample a cell: of each of its gradients for all replicas, and of what it takes to forget its start."""
+    kept = _slowest(method, curvature)
+    cycles = 2 / error**2 / REPLICAS * (1 + kept**2) / (1 - kept**2) + 8 / -math.log(kept)
+    return 2e-4 * method.k * method.workers * cycles
 
 
 def _slowest(method: Method, curvature: float) -> float:
@@ -298,8 +306,11 @@ def _of_fronts(found: dict[str, fronts.Front]) -> Iterator[Figure]:
         if arm not in found or base not in found:
             continue
         for horizon in fronts.HORIZONS:
-            ratio = found[arm].best(horizon) / found[base].best(horizon)
-            note = f"loss after {horizon} gradients at a constant learning rate, each tuned, 100 curvatures 1/i"
+            ratio = found[arm].best(horizon)[0] / found[base].best(horizon)[0]
+            note = (
+                f"loss after {horizon} gradients at a constant learning rate, 100 curvatures 1/i; each at its best, "
+                f"{_best_lr(found[arm], horizon)} and {_best_lr(found[base], horizon)}"
+            )
             yield _ratio(f"{name}.tuned-after-{horizon}.{arm}-{base}", ratio, note)
         note = "loss after 1000 gradients at equal steady-state loss, geometric mean"
         yield _ratio(f"{name}.front.{arm}-{base}", fronts.ratio_along(found[arm], found[base], 1000), note)
@@ -324,6 +335,12 @@ def _picture(found: dict[str, fronts.Front]) -> Picture:
     axes.legend()
     title = "Noisy quadratic model: what is reached after 1000 gradients, for each steady-state loss"
     return Picture("noisy-quadratic-front", title, svg.text(figure))
+
+
+def _best_lr(front: fronts.Front, horizon: int) -> str:
+    _, best = front.best(horizon)
+    edge = best >= fronts.HIGHEST_LR or best < 2 * fronts.LOWEST_LR
+    return f"{best:.3g}" + (" (at the edge of those tried)" if edge else "")
 
 
 def _ratio(name: str, value: float, note: str) -> Figure:

@@ -139,8 +139,8 @@ class Comparison:
                 if plan is None
                 else [f for schedule in plan.schedules for f in self._figures(plan, schedule, records)]
             )
-            if made:
-                return made
+            if plan is not None and made:
+                return [*made, *self._unscheduled(plan, records)]
         return []
 
     def pictures(self, records: Records) -> list[Picture]:
@@ -231,6 +231,30 @@ class Comparison:
                 f"{arm}: {notes[arm]}; {other}: {notes[other]}.",
             )
         ]
+
+    def _unscheduled(self, plan: Plan, records: Records) -> Iterator[Figure]:
+        """Schedule-Free at a constant learning rate against the base at a cosine schedule, as its authors compare."""
+        runs: dict[str, Trained] = {}
+        notes = []
+        sides: tuple[tuple[str, Schedule, str], ...] = (
+            ("schedule-free", "constant", "schedule-free"),
+            ("base", "cosine", "cosine-base"),
+        )
+        for name, schedule, label in sides:
+            if name not in plan.arms or schedule not in plan.schedules or not ARMS[name].serves(self.task.rule):
+                return
+            point = self.point(plan, schedule, ARMS[name], records)
+            ended = self.found(plan, schedule, ARMS[name], records) if plan.budget else None
+            if point is None or not (ended is None or ended.bracketed):
+                return
+            trained = self._trained(plan, schedule, name, point, self.fresh(plan), records)
+            if trained is None:
+                return
+            runs[label] = trained
+            notes.append(f"{label}: {_words(point)}")
+        pair = ("schedule-free", "cosine-base")
+        note = f"{runs[pair[0]].data}. {'; '.join(notes)}."
+        yield from _compare(f"{self.name}.constant.{'-'.join(pair)}", self.task, runs, pair, note)
 
     def _trained(
         self, plan: Plan, schedule: Schedule, label: str, point: Point, seeds: Sequence[int], records: Records

@@ -153,5 +153,7 @@ def _var(values: Any, axis: int) -> Any:
     return np.var(values, axis=axis, ddof=1)
 
 
-def _notes(*notes: str) -> str:
-    return " ".join(note for note in notes if note)
+def _notes(note: str, further: str) -> str:
+    if not note or not further:
+        return note or further
+    return f"{note.removesuffix('.')}. {further}"

@@ -150,7 +150,7 @@ class Sampled:
 
     variance, standard_error  of φ in the steady state; the error from the spread between independent replicas
     mean_error                largest distance of the replicas' mean from T^n's, as a part of the start
-    contraction               of a cycle, from the mean at the first and last of the cycles followed; NaN if it crosses 0
+    contraction               of a cycle, from the mean after those that were followed; NaN where it has crossed 0
     """
 
     variance: float

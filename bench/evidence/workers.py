@@ -1,12 +1,13 @@
 """Local SGD and DiLoCo on simulated workers, against synchronous SGD of the same total batch.
 
-Workers are a dimension of the weights, [R seeds, W workers, ...], in one process. A worker trains on its own weights with
-its own moments; every k steps the mean over the workers takes each one's place and the package's own `sync()` makes the
-outer step from it. That is what `process_group=` does with an all_reduce between processes.
+Workers are a dimension of the weights, [R seeds, W workers, ...], in one process. A worker trains on its own weights
+with its own moments; every k steps the mean over the workers takes each one's place and the package's own `sync()`
+makes the outer step from it. That is what `process_group=` does with an all_reduce between processes.
 
-All sides see the same samples: a total batch of B is B / n from each of n shards of scikit-learn's digits, whose classes
-are spread over the shards by a Dirichlet distribution (no shard looks like the whole) or evenly. Controls: an average of
-the synchronous weights (EMA), and synchronous SGD that talks as seldom as the workers do, with k times the batch.
+All sides see the same samples: a total batch of B is B / n from each of n shards of scikit-learn's digits, whose
+classes are spread over the shards by a Dirichlet distribution (no shard looks like the whole) or evenly. Controls: an
+average of the synchronous weights (EMA), and synchronous SGD that talks as seldom as the workers do, with k times the
+batch.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bench.evidence import svg
 from bench.evidence.contest import Contest, Grid, Outcome, Point
-from bench.evidence.experiment import JSON, Job, Scale
+from bench.evidence.experiment import Job, Scale
 from bench.evidence.figures import Figure, Picture
 from bench.evidence.records import Records
 from bench.evidence.statistics import paired
@@ -105,7 +107,8 @@ class Workers:
     revision: int = 1
 
     def names(self) -> tuple[str, ...]:
-        return (f"{self.name}.*-base.*", f"{self.name}.*-large-batch.*", f"{self.name}.*-one.*")
+        """Figures: "<name>.<workers>.<side>-<what it is compared with>.<final, progress or accuracy>"."""
+        return tuple(f"{self.name}.*-{against}.*" for against in ("base", "large-batch", "average", "one"))
 
     def jobs(self, scale: Scale, records: Records) -> Iterator[Job]:
         for count in self.plans[scale].counts:
@@ -118,7 +121,8 @@ class Workers:
             outcomes = {count: self._outcomes(scale, count, records) for count in self.plans[scale].counts}
             for count, by_arm in outcomes.items():
                 pairs = [(arm, "base", by_arm.get("base")) for arm in by_arm]
-                pairs += [(arm, "large-batch", by_arm.get("large-batch")) for arm in by_arm if SIDES[arm].local]
+                for against in ("large-batch", "average"):
+                    pairs += [(arm, against, by_arm.get(against)) for arm in by_arm if SIDES[arm].local]
                 pairs += [(arm, "one", outcomes.get(1, {}).get(arm)) for arm in by_arm if count > 1]
                 for arm, against, other in pairs:
                     if other is not None and arm != against:
@@ -128,6 +132,11 @@ class Workers:
         return list(found.values())
 
     def pictures(self, records: Records) -> list[Picture]:
+        """Held-out loss over the number of workers, of the largest scale that has recorded any."""
+        for scale in (Scale.FULL, Scale.QUICK, Scale.SMOKE):
+            outcomes = {count: self._outcomes(scale, count, records) for count in self.plans[scale].counts}
+            if any(outcomes.values()):
+                return [_picture(self, scale, outcomes)]
         return []
 
     def _contest(self, scale: Scale, count: int) -> Contest:
@@ -177,14 +186,27 @@ class Workers:
         return f"{scale.value}; " + "; ".join(told) + "."
 
 
+def _picture(experiment: Workers, scale: Scale, outcomes: Mapping[int, Mapping[str, Outcome]]) -> Picture:
+    figure, axes = svg.axes()
+    for arm in SIDES:
+        means = {count: float(np.mean(by_arm[arm]["final"])) for count, by_arm in outcomes.items() if arm in by_arm}
+        axes.plot(list(means), list(means.values()), "o-" if SIDES[arm].local else "s--", label=arm)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("workers")
+    axes.set_ylabel("held-out loss at the end, nats; each side tuned")
+    axes.legend()
+    spread = "evenly spread" if experiment.concentration is None else f"Dirichlet({experiment.concentration:g}) shards"
+    schedule = "cosine" if experiment.cosine else "constant"
+    title = f"Simulated workers: {experiment.rule}, {schedule} learning rate, {spread} ({scale.value})"
+    return Picture(f"{experiment.name}-loss", title, svg.text(figure))
+
+
 def _compared(name: str, arm: Outcome, other: Outcome, note: str) -> Iterator[Figure]:
     for metric, unit, better in (("final", "nats", -1), ("progress", "nats", -1), ("accuracy", "points", 1)):
         yield paired(f"{name}.{metric}", arm[metric], other[metric], unit=unit, better=better, note=note)
 
 
-def train(
-    task: Task, plan: Plan, side: Side, rule: str, point: Point, cosine: bool
-) -> tuple[list[Tensor], Tensor]:
+def train(task: Task, plan: Plan, side: Side, rule: str, point: Point, cosine: bool) -> tuple[list[Tensor], Tensor]:
     """Held-out losses every k batches, each [R], and the accuracy at the end, [R], in points; on the slow weights."""
     net = task.network(task.count if side.local else 1)
     optimizer = inner(net, rule, point, side, plan.steps)
@@ -264,7 +286,9 @@ class Task:
             rng = np.random.default_rng([seed, 2, count])
             parts = shards(labels[own], count, concentration, rng)
             uniform = rng.random((plan.steps, count, plan.batch // count))
-            batches.append(np.stack([own[part[(uniform[:, w] * len(part)).astype(int)]] for w, part in enumerate(parts)], 1))
+            batches.append(
+                np.stack([own[part[(uniform[:, w] * len(part)).astype(int)]] for w, part in enumerate(parts)], 1)
+            )
         # [R, steps, W, b]
         self._batches = torch.from_numpy(np.stack(batches))
 

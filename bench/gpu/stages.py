@@ -46,7 +46,8 @@ def tests(out: Path, arguments: Sequence[str]) -> list[Piece]:
     """The tests that launch kernels, of one backend after the other."""
     workers = ["-n", "4", "--dist", "loadgroup"] if _installed("xdist") else []
     quiet = ["-q", "-p", "no:cacheprovider", *(["--benchmark-disable"] if _installed("pytest_benchmark") else [])]
-    pytest = [PYTHON, "-m", "pytest", *quiet, *workers, "--ignore", "tests/building", "--ignore", "tests/benchmarks"]
+    left_out = [part for name in ("building", "benchmarks", "evidence") for part in ("--ignore", f"tests/{name}")]
+    pytest = [PYTHON, "-m", "pytest", *quiet, *workers, *left_out]
 
     def of(backend: str, limit: float, needs: str, selected: str) -> Piece:
         chosen = ["--backend", backend, "-k", selected, f"--junitxml={out / f'tests-{backend}.xml'}"]

@@ -63,6 +63,13 @@ def test_a_lone_outlier_leaves_a_finite_interval():
     assert found.low <= 0.05 <= found.high
 
 
+def test_the_interval_leans_as_the_differences_do():
+    # Right-skewed: BCa reaches further up. A percentile interval leans less, a basic one the other way.
+    skewed = -np.log(np.linspace(0.02, 0.98, 24))
+    found = paired("x", skewed, [0.0] * 24, unit="", better=1)
+    assert 1.25 < (found.high - found.value) / (found.value - found.low) < 2
+
+
 def test_the_interval_comes_out_the_same_again():
     arm = np.random.default_rng(3).standard_normal(20)
     assert paired("x", arm, arm[::-1], unit="", better=1) == paired("x", arm, arm[::-1], unit="", better=1)
@@ -87,15 +94,20 @@ def test_what_is_no_pair_or_no_number_raises():
 def test_a_ratio_of_variances():
     rng = np.random.default_rng(0)
     base, own = rng.standard_normal(40), rng.standard_normal(40)
-    quiet = variance_ratio("x", 0.2 * base + 0.1 * own + 5.0, base)
-    expected = np.var(0.2 * base + 0.1 * own, ddof=1) / np.var(base, ddof=1)
+    quiet = variance_ratio("x", 0.2 * base + 0.03 * own + 5.0, base)
+    expected = np.var(0.2 * base + 0.03 * own, ddof=1) / np.var(base, ddof=1)
     assert quiet.value == pytest.approx(expected)
-    assert quiet.low < expected < quiet.high < 0.2
+    # Without the pairs the ratio of two such variances is known to a factor of 2.5.
+    assert quiet.low < expected < quiet.high < 1.5 * quiet.low
     assert quiet.p < 0.001
     alike = variance_ratio("x", own, base[::-1] * np.std(own) / np.std(base))
     assert alike.value == pytest.approx(1.0)
     assert alike.low < 1 < alike.high
     assert alike.p > 0.05
+    # Runs that go together differ as much from seed to seed.
+    together = base + 0.1 * own
+    together *= np.std(base) / np.std(together)
+    assert variance_ratio("x", together, base).p > 0.05
 
 
 def test_holms_procedure_on_a_known_case():
