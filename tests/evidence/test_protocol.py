@@ -222,7 +222,7 @@ def test_a_quick_run_confirms_what_a_full_one_found(
     assert ("digits-cnn-adamw", "cosine", "ema") not in settings
     runs.clear()
     quick, records = Comparison(TASK, settings=settings), Records(None)
-    with pytest.warns(UserWarning, match="no settings of ema at the constant schedule are kept"):
+    with pytest.warns(UserWarning, match="no settings are kept of constant ema, cosine ema, whose"):
         finish(quick, Scale.QUICK, records)
     assert len(runs) == 6  # three arms, two schedules
     assert all(len(seeds) == 20 and seeds[0] >= 1000 for _, _, seeds in runs)
