@@ -110,6 +110,7 @@ class Comparison:
         plan = self.plan(scale)
         if plan is None or not self._can_run():
             return
+        unknown: list[str] = []
         for schedule in plan.schedules:
             confirmed: dict[Arm, Point] = {}
             for arm in self.arms(plan):
@@ -117,18 +118,20 @@ class Comparison:
                     for tried in self.search(plan, schedule, arm, records):
                         yield self._job(plan, schedule, arm, tried, self.tuning(plan))
                 point = self.point(plan, schedule, arm, records)
-                if point is None and not plan.budget:
-                    warnings.warn(
-                        f"{self.name}: no settings of {arm.name} at the {schedule} schedule are kept; run the full "
-                        "scale, then python -m bench.evidence.tuned. Its figures are missing.",
-                        stacklevel=2,
-                    )
+                if point is None:
+                    unknown.append(f"{schedule} {arm.name}")
                 if point is not None:
                     confirmed[arm] = point
                     yield self._job(plan, schedule, arm, point, self.fresh(plan))
             if plan.controls:
                 for label, (arm, point) in _controls(confirmed).items():
                     yield self._job(plan, schedule, arm, point, self.fresh(plan), label)
+        if unknown and not plan.budget:
+            warnings.warn(
+                f"{self.name}: no settings are kept of {', '.join(unknown)}, whose figures are missing; run the full "
+                "scale, then python -m bench.evidence.tuned",
+                stacklevel=2,
+            )
 
     def figures(self, records: Records) -> list[Figure]:
         """Of the largest scale at which there is anything."""

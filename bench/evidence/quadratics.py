@@ -30,13 +30,14 @@ BESIDE: dict[str, Method] = {
     "outer-momentum": Method(k=5, alpha=0.5, outer_momentum=0.5),
 }
 BETAS = (0.8, 0.9, 0.95, 0.99)
-# Between them the best β of heavy ball lies, ((√κ − 1) / (√κ + 1))², .669 for κ = 100.
-ALL_BETAS = (0.0, 0.3, 0.5, 0.6, 0.669, 0.75, *BETAS)
+# What β is tuned over. Heavy ball's best is ((√κ − 1) / (√κ + 1))², .669 for κ = 100; the others' lie above it, and
+# have neighbours as near.
+ALL_BETAS = (0.0, 0.3, 0.5, 0.6, 0.65, 0.669, 0.7, 0.725, 0.75, 0.775, 0.825, 0.85, 0.875, 0.925, 0.97, *BETAS)
 # Cells in which Lookahead was found to diverge though heavy ball converges: β, lr.
 LIMITS = ((0.99, 1.0), (0.9, 3.0))
 # The package's map is read off at these.
 STEPPED = ((0.5, 0.5), (0.8, 1.6), (0.9, 0.3), (0.9, 3.0), (0.95, 1.0), (0.99, 0.1), (0.99, 1.0))
-SIZES = {Scale.SMOKE: (120, 40), Scale.QUICK: (200, 80), Scale.FULL: (400, 160)}
+SIZES = {Scale.SMOKE: (100, 36), Scale.QUICK: (150, 60), Scale.FULL: (300, 120)}
 
 
 def _others(scale: Scale) -> tuple[Method, ...]:

@@ -110,7 +110,10 @@ def search(space: Space, score: Score, budget: int) -> Search:
                 break
         climb.budget += min(EXTRA, budget)
         while not climb.bracketed and not climb.spent:
+            before = climb.best
             yield from climb.line("lr", 1)
+            if climb.best == before:
+                break
     except _Untrained:
         return None
     return Found(space.point(climb.best), climb.scores[climb.best], climb.bracketed, len(climb.scores))

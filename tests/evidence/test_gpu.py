@@ -225,6 +225,10 @@ def test_evaluation_is_on_slow_weights_with_statistics_of_their_own() -> None:
         with task._statistics(model, optimizer, True):
             own = norm.running_var.clone()  # type: ignore[operator,union-attr]
     assert ours != stale
+    with optimizer.slow_weights(), task._statistics(model, optimizer, True):
+        assert task.evaluate(model, torch.optim.SGD(model.parameters(), 0.1), True) == pytest.approx(ours)
+    with task._statistics(model, optimizer, True):
+        assert task.evaluate(model, torch.optim.SGD(model.parameters(), 0.1), True) != pytest.approx(ours)
     assert not torch.equal(own, before["stem.1.running_var"])
 
 

@@ -54,6 +54,16 @@ def test_a_search_ends_at_the_lowest_point_wherever_it_lies(lr: float, beta: flo
     assert found.trainings == len(trained)
 
 
+def test_a_search_goes_round_until_nothing_is_better() -> None:
+    # A valley across two coordinates: with momentum .5 the best learning rate is 2^1.6 times that with .9.
+    def valley(p: Point) -> float:
+        return (math.log2(p.lr / 0.004) - 4 * (0.9 - p.beta)) ** 2 + 20 * (p.beta - 0.5) ** 2
+
+    found, _ = searched(Space(ARMS["base"], RULES["adamw"], 0.004), valley)
+    assert found.point.beta == 0.5
+    assert found.score < 0.02
+
+
 def test_all_arms_of_a_rule_search_from_one_start_with_one_budget() -> None:
     for rule in (RULES["adamw"], RULES["sgd"]):
         both = [searched(Space(ARMS[arm], rule, 0.01), bowl(0.06, 0.8), 12) for arm in ("base", "lookahead")]
@@ -212,7 +222,7 @@ def test_a_quick_run_confirms_what_a_full_one_found(
     assert ("digits-cnn-adamw", "cosine", "ema") not in settings
     runs.clear()
     quick, records = Comparison(TASK, settings=settings), Records(None)
-    with pytest.warns(UserWarning, match="no settings of ema at the constant schedule are kept"):
+    with pytest.warns(UserWarning, match="no settings are kept of constant ema, cosine ema, whose"):
         finish(quick, Scale.QUICK, records)
     assert len(runs) == 6  # three arms, two schedules
     assert all(len(seeds) == 20 and seeds[0] >= 1000 for _, _, seeds in runs)

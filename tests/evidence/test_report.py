@@ -62,7 +62,7 @@ def test_markdown_has_a_row_a_claim(found: results.Results):
     assert cells[1][1:] == ["undecided", "2 yes, 1 open", answers]
     assert "untested here, because nothing here flies" in rows[2]
     assert "3 claims: 1 holds, 1 undecided, 1 untested here" in text
-    for said in ("Scale quick, 90 s of jobs", "2 cores", "torch 2.13.0"):
+    for said in ("Scale quick, 90 s of jobs", "2 cores", "torch 2.13.0", "This is a quick run"):
         assert said in text
 
 

@@ -94,6 +94,8 @@ def test_evaluation_is_on_the_slow_weights_between_two_syncs() -> None:
     # Three steps: the slow weights are still the start's.
     trained = train(DIGITS, ARMS["lookahead"], Point(0.1, 0.9), "constant", [1], 3)
     assert trained.test == trained.start
+    still = train(DIGITS, ARMS["base"], Point(1e-12, 0.9), "constant", [1], 3)
+    assert trained.curve[0] == pytest.approx(still.curve[0], rel=1e-6)
     assert train(DIGITS, ARMS["base"], Point(0.1, 0.9), "constant", [1], 3).test != trained.start
     longer = train(DIGITS, ARMS["lookahead"], Point(0.1, 0.9), "constant", [1], 23)
     assert longer.steps == [3, 13, 23]

@@ -158,7 +158,8 @@ def test_training_learns_and_the_average_is_another() -> None:
     assert all(
         final < progress for final, progress in zip(*(outcomes["base"][m] for m in ("final", "progress")), strict=True)
     )
-    assert outcomes["ema"] != outcomes["base"]
+    # The same steps, but for rounding: evaluated on what was trained it would be the base.
+    assert all(abs(a - b) > 1e-4 for a, b in zip(outcomes["ema"]["final"], outcomes["base"]["final"], strict=True))
 
 
 def test_figures_compare_with_the_base_large_batches_and_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
