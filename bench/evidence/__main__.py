@@ -1,12 +1,12 @@
 """Measure what slow weights do for training, and judge by it every claim of the literature.
 
     python -m bench.evidence [--scale smoke|quick|full] [--out FOLDER] [--only GLOB] [--keep FILE]
-    python -m bench.evidence report FILE [--out FOLDER]
+    python -m bench.evidence report FILE ... [--out FOLDER]
 
 The first runs the experiments, or goes on with a run that was cut off, and writes report.html, report.md and
-figures.json; --keep writes the figures to a file of the repository too. The second makes both pages from such a file.
-Ends with 1 where a job raised, or where an exact result was not met, and with 2 where it was called wrongly. Nothing is
-downloaded.
+figures.json; --keep writes the figures to a file of the repository too. The second makes both pages from such files,
+that of `python -m bench.evidence.gpu` among them. Ends with 1 where a job raised, or where an exact result was not met,
+and with 2 where it was called wrongly. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     if given[:1] == ["report"]:
         parser.add_argument("report", choices=["report"])
-        parser.add_argument("file", type=Path, help="figures.json, or what --keep wrote")
+        parser.add_argument("files", type=Path, nargs="+", help="figures.json, or what --keep wrote")
         parser.add_argument("--out", type=Path, default=OUT, help="folder of the pages (%(default)s)")
         options = parser.parse_args(given)
-        return report(options.file, options.out)
+        return report(options.files, options.out)
     parser.add_argument("--scale", choices=[scale.value for scale in Scale], default="full", help="%(default)s")
     parser.add_argument("--out", type=Path, help=f"folder of record and pages ({OUT}/SCALE)")
     parser.add_argument("--only", metavar="GLOB", default="*", help="the experiments so named (%(default)s)")
@@ -81,7 +81,7 @@ def measure(chosen: Sequence[Experiment], scale: Scale, out: Path, keep: Path | 
         results.save(found, path)
     verdicts = _pages(found, pictures, out)
     unmet = failed(verdicts, all_run=len(chosen) == len(EXPERIMENTS) and not failures)
-    if len(chosen) == len(EXPERIMENTS):
+    if len(chosen) == len(EXPERIMENTS) and scale is Scale.FULL:  # the others leave experiments out
         for condition in missing(verdicts):
             print(f"note: no experiment gave {condition}", file=sys.stderr)
     for failure in failures:
@@ -91,10 +91,10 @@ def measure(chosen: Sequence[Experiment], scale: Scale, out: Path, keep: Path | 
     return 1 if failures or unmet else 0
 
 
-def report(file: Path, out: Path) -> int:
+def report(files: Sequence[Path], out: Path) -> int:
     """The pages of figures that were kept, without the pictures of the experiments; returns the exit status."""
     try:
-        found = results.load(file)
+        found = results.together([results.load(file) for file in files])
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

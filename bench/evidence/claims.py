@@ -9,14 +9,15 @@ The rule, the only place where a verdict is made:
 
        better      yes: d > m throughout      no: d <= m throughout
        worse       yes: d < -m throughout     no: d >= -m throughout
-       not worse   yes: d > -m throughout     no: d <= -m throughout
+       not better  yes: d <= m throughout     no: d > m throughout
+       not worse   yes: d >= -m throughout    no: d < -m throughout
        equivalent  yes: |d| < m throughout    no: |d| > m throughout
        above       yes: value > m throughout  no: value <= m throughout
        below       yes: value < m throughout  no: value >= m throughout
 
    and it is "open" where the interval has values of both kinds. So m is the smallest difference that counts, and an
    interval below it is a "no" to "better", not an absence of evidence.
-2. An answer that says "these differ" (yes to better and worse, no to the other two) also needs a p-value of 0.05 at
+2. An answer that says "these differ" (yes to better and worse, no to the other three) also needs a p-value of 0.05 at
    most after Holm's correction over all figures that the claims name; without, it is open. `above` and `below` are
    about a quantity, not a comparison, and go by the interval alone.
 3. A condition without a figure is "missing".
@@ -46,8 +47,8 @@ ENTRIES = Path(__file__).with_name("claims.toml")
 SIGNIFICANT = 0.05
 NOT_RUN = "its experiment was not run"
 
-Relation = Literal["better", "worse", "not worse", "equivalent", "above", "below"]
-COMPARING = ("better", "worse", "not worse", "equivalent")
+Relation = Literal["better", "worse", "not better", "not worse", "equivalent", "above", "below"]
+COMPARING = ("better", "worse", "not better", "not worse", "equivalent")
 Answer = Literal["yes", "no", "open", "missing"]
 FLIPPED: dict[Answer, Answer] = {"yes": "no", "no": "yes", "open": "open"}
 Outcome = Literal["holds", "holds when", "does not hold", "undecided", "untested here"]
@@ -171,15 +172,15 @@ def answer(condition: Condition, figure: Figure, adjusted: float) -> Answer:
         return "no" if significant and (low > margin or high < -margin) else "open"
     if figure.better == 0:
         raise ValueError(f"{figure.name} calls neither side better, and a claim asks whether it is {relation}")
-    if (figure.better < 0) != (relation != "better"):
+    if (figure.better < 0) != relation.endswith("worse"):
         low, high = -high, -low
-    # By how much one side is better (better), or the arm is worse (worse, not worse).
+    # By how much the arm is better, or worse.
     beyond: Answer = "open"
     if low > margin and significant:
         beyond = "yes"
     elif high <= margin:
         beyond = "no"
-    return FLIPPED[beyond] if relation == "not worse" else beyond
+    return FLIPPED[beyond] if relation.startswith("not ") else beyond
 
 
 def pattern(glob: str) -> re.Pattern[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.evidence import adaptive, control, convex, noisy_quadratic, quadratics, workers
+from bench.evidence import adaptive, control, convex, noisy_quadratic, protocol, quadratics, robustness, workers
 from bench.evidence.experiment import Experiment
 
 EXPERIMENTS: tuple[Experiment, ...] = (
@@ -10,6 +10,8 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     quadratics.EXPERIMENT,
     convex.EXPERIMENT,
     adaptive.EXPERIMENT,
+    *protocol.EXPERIMENTS,
+    robustness.EXPERIMENT,
     control.EXPERIMENT,
     *workers.EXPERIMENTS,
 )

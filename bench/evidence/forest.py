@@ -92,7 +92,7 @@ def _margins(finding: Finding, figure: Figure) -> list[float]:
     middle = no_difference(figure)
     if condition.relation == "equivalent":
         return [middle - condition.margin, middle + condition.margin]
-    side = figure.better if condition.relation == "better" else -figure.better
+    side = figure.better if condition.relation.endswith("better") else -figure.better
     return [middle + side * condition.margin]
 
 

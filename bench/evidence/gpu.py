@@ -26,12 +26,15 @@ from typing import Any
 
 import torch
 
+from bench.evidence import results
 from bench.evidence.figures import Figure
 from bench.evidence.gpu_data import Cifar, DataError, Tokens, find, generate
 from bench.evidence.gpu_train import Classify, Point, Size, Task, Write, train
 from bench.evidence.statistics import paired
 
 TASKS = ("cifar10", "cifar100", "gpt")
+# What claims can name.
+NAMES = ("gpu.cifar10.*-*.accuracy", "gpu.cifar100.*-*.accuracy", "gpu.gpt.*-adamw.loss")
 # GPT: 256 windows of 1024 tokens a step, 5000 steps, 1.3e9 tokens.
 SIZES = {"cifar": Size(200, 128, 64), "gpt": Size(20, 256, 768, steps=250, parts=16)}
 DRY_SIZES = {
@@ -264,22 +267,19 @@ def report(measurement: Measurement) -> int:
     measurement.run()
     device = measurement.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU: the figures mean nothing"
-    print(f"{time.perf_counter() - began:.0f} s on {where}\n{measurement.table()}")
+    seconds = time.perf_counter() - began
+    print(f"{seconds:.0f} s on {where}\n{measurement.table()}")
     figures = list(measurement.figures())
     for figure in figures:
         print(f"{figure.name}  {figure.value:+.3f} [{figure.low:.3f}, {figure.high:.3f}] {figure.unit}")
-    (measurement.out / "figures.json").write_text(json.dumps([_json(figure) for figure in figures], indent=1) + "\n")
+    told = {**results.conditions("gpu"), "machine": f"{where}; {results.conditions('gpu')['machine']}"}
+    results.save(results.Results(told, {"gpu": round(seconds, 1)}, figures), measurement.out / "figures.json")
     return 0
 
 
 def _refused(reason: str) -> int:
     print(f"bench.evidence.gpu: {reason}", file=sys.stderr)
     return 2
-
-
-def _json(figure: Figure) -> dict[str, Any]:
-    """As JSON, which has no infinity: an interval without a bound has None."""
-    return {name: _finite(value) for name, value in asdict(figure).items()}
 
 
 def _finite(value: Any) -> Any:

@@ -136,24 +136,25 @@ class NoisyQuadratic:
 
     def jobs(self, scale: Scale, records: Records) -> Iterator[Job]:
         """The exact ones first."""
-        yield Job({"part": "comparisons"}, fronts.comparisons, 2.0)
+        yield Job({"part": "comparisons"}, fronts.comparisons, 0.6)
         for arm, settings in _arms(scale).items():
             for method in settings:
                 factor = FACTORS[scale]
                 setting: dict[str, JSON] = {"part": "front", "arm": arm, "method": asdict(method), "factor": factor}
-                yield Job(setting, lambda m=method, f=factor: fronts.front(m, f), 0.3)  # type: ignore[misc]
+                yield Job(setting, lambda m=method, f=factor: fronts.front(m, f), 0.1)  # type: ignore[misc]
         for family, of in FAMILIES.items():
             for method in of.settings[:1] if scale is Scale.SMOKE else of.settings:
                 curvatures = [a for a in KICKED[scale] if _slowest(method, a) < 0.9995]
                 setting = {"part": "kicks", "family": family, "method": asdict(method), "curvatures": list(curvatures)}
-                yield Job(setting, lambda m=method, a=curvatures: kicked(m, a), 0.3)  # type: ignore[misc]
+                yield Job(setting, lambda m=method, a=curvatures: kicked(m, a), 0.05)  # type: ignore[misc]
         for family, of in FAMILIES.items():
             chosen = [(method, a) for method in of.settings for a in of.curvatures if _slowest(method, a) < SLOWEST]
             for method, a in [(of.settings[0], of.curvatures[1])] if scale is Scale.SMOKE else chosen:
                 error = ERRORS[scale]
                 setting = {"part": "sampled", "family": family, "method": asdict(method), "curvature": a}
                 setting["error"] = error
-                yield Job(setting, lambda m=method, a=a, e=error: sampled(m, a, e), 0.5)  # type: ignore[misc]
+                cost = _cost(method, a, error)
+                yield Job(setting, lambda m=method, a=a, e=error: sampled(m, a, e), cost)  # type: ignore[misc]
 
     def figures(self, records: Records) -> list[Figure]:
         """Of every part that is recorded."""
@@ -197,6 +198,13 @@ def sampled(method: Method, curvature: float, error: float) -> dict[str, JSON]:
         "exact": variance,
         **asdict(sample(method, curvature, LR, variance=variance, error=error, replicas=REPLICAS, seed=seed)),
     }
+
+
+def _cost(method: Method, curvature: float, error: float) -> float:
+    """Seconds to sample a cell: of each of its gradients for all replicas, and of what it takes to forget its start."""
+    kept = _slowest(method, curvature)
+    cycles = 2 / error**2 / REPLICAS * (1 + kept**2) / (1 - kept**2) + 8 / -math.log(kept)
+    return 2e-4 * method.k * method.workers * cycles
 
 
 def _slowest(method: Method, curvature: float) -> float:

@@ -30,13 +30,14 @@ BESIDE: dict[str, Method] = {
     "outer-momentum": Method(k=5, alpha=0.5, outer_momentum=0.5),
 }
 BETAS = (0.8, 0.9, 0.95, 0.99)
-# Between them the best β of heavy ball lies, ((√κ − 1) / (√κ + 1))², .669 for κ = 100.
-ALL_BETAS = (0.0, 0.3, 0.5, 0.6, 0.669, 0.75, *BETAS)
+# What β is tuned over. Heavy ball's best is ((√κ − 1) / (√κ + 1))², .669 for κ = 100; the others' lie above it, and
+# have neighbours as near.
+ALL_BETAS = (0.0, 0.3, 0.5, 0.6, 0.65, 0.669, 0.7, 0.725, 0.75, 0.775, 0.825, 0.85, 0.875, 0.925, 0.97, *BETAS)
 # Cells in which Lookahead was found to diverge though heavy ball converges: β, lr.
 LIMITS = ((0.99, 1.0), (0.9, 3.0))
 # The package's map is read off at these.
 STEPPED = ((0.5, 0.5), (0.8, 1.6), (0.9, 0.3), (0.9, 3.0), (0.95, 1.0), (0.99, 0.1), (0.99, 1.0))
-SIZES = {Scale.SMOKE: (120, 40), Scale.QUICK: (200, 80), Scale.FULL: (400, 160)}
+SIZES = {Scale.SMOKE: (100, 36), Scale.QUICK: (150, 60), Scale.FULL: (300, 120)}
 
 
 def _others(scale: Scale) -> tuple[Method, ...]:
@@ -71,23 +72,24 @@ class Quadratics:
         """Speeds, regions, limits and the package's maps."""
         curvatures, lrs = SIZES[scale]
         size: dict[str, JSON] = {"curvatures": curvatures, "lrs": lrs}
+        cost = 6e-6 * curvatures * lrs
         for beta in ALL_BETAS:
             setting: dict[str, JSON] = {"part": "heavy-ball", "beta": beta, **size}
-            yield Job(setting, lambda b=beta: speed(Method(momentum=b), curvatures, lrs), 0.1)  # type: ignore[misc]
+            yield Job(setting, lambda b=beta: speed(Method(momentum=b), curvatures, lrs), cost / 5)  # type: ignore[misc]
             for word, method in self._beside(scale):
                 own = replace(method, momentum=beta)
                 setting = {"part": "speed", "word": word, "method": asdict(own), **size}
-                yield Job(setting, lambda own=own: speed(own, curvatures, lrs), 0.3)  # type: ignore[misc]
+                yield Job(setting, lambda own=own: speed(own, curvatures, lrs), cost)  # type: ignore[misc]
         for word, method in self._beside(scale):
             if word in TREATMENTS or method == BESIDE[word]:
                 setting = {"part": "region", "word": word, "method": asdict(method), **size}
-                yield Job(setting, lambda method=method: region(method, curvatures, lrs), 1.0)  # type: ignore[misc]
+                yield Job(setting, lambda method=method: region(method, curvatures, lrs), cost)  # type: ignore[misc]
         for beta, lr in LIMITS:
             setting = {"part": "limit", "beta": beta, "lr": lr}
-            yield Job(setting, lambda beta=beta, lr=lr: limit(beta, lr), 0.3)  # type: ignore[misc]
+            yield Job(setting, lambda beta=beta, lr=lr: limit(beta, lr), 0.1)  # type: ignore[misc]
         for word, method in BESIDE.items():
             setting = {"part": "package", "word": word}
-            yield Job(setting, lambda method=method: stepped(method), 0.3)  # type: ignore[misc]
+            yield Job(setting, lambda method=method: stepped(method), 0.1)  # type: ignore[misc]
 
     def figures(self, records: Records) -> list[Figure]:
         """Of every part that is recorded."""

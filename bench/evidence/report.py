@@ -27,6 +27,11 @@ READING = (
     "when. All no: does not hold. Else undecided."
 )
 SHOWN = 2
+# What a scale leaves out; a full run leaves out nothing.
+CAUTION = {
+    "smoke": " This is the smallest run there is, a check of the code: beyond exact results its verdicts mean nothing.",
+    "quick": " This is a quick run: fewer tasks, settings and seeds than the protocol asks for.",
+}
 
 
 def to_markdown(verdicts: Sequence[Verdict], results: Results) -> str:
@@ -77,7 +82,8 @@ def described(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in where.items() if name not in known)
     spent = sum(results.seconds.values())
     took = f"{spent:.0f} s" if spent < 600 else f"{spent / 60:.0f} min" if spent < 36000 else f"{spent / 3600:.1f} h"
-    return f"Scale {where['scale']}, {took} of jobs, {where['utc']} UTC; {machine}; {versions}."
+    caution = CAUTION.get(where["scale"], "")
+    return f"Scale {where['scale']}, {took} of jobs, {where['utc']} UTC; {machine}; {versions}.{caution}"
 
 
 def summary(verdicts: Sequence[Verdict]) -> str:

@@ -15,7 +15,7 @@ from bench.evidence.claims import pattern
 from bench.evidence.experiment import Experiment, Scale
 from bench.evidence.figures import Figure, Picture
 from bench.evidence.records import Records
-from lookahead_fused.bench.conditions import conditions
+from lookahead_fused.bench.conditions import conditions as here
 
 FORMAT = 1
 # Beside torch and Python, which conditions() names.
@@ -49,7 +49,7 @@ def collect(experiments: Sequence[Experiment], scale: Scale, records: Records) -
         figures += made
         pictures += experiment.pictures(records)
         seconds[experiment.name] = round(records.seconds(experiment.name, experiment.revision), 1)
-    return Results(_conditions(scale), seconds, figures), pictures
+    return Results(conditions(scale.value), seconds, figures), pictures
 
 
 def save(results: Results, path: Path) -> None:
@@ -60,6 +60,16 @@ def save(results: Results, path: Path) -> None:
     text = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False).removesuffix("\n}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + ',\n "figures": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n", encoding="utf-8")
+
+
+def together(found: Sequence[Results]) -> Results:
+    """Several runs as one: of the first the conditions, of the others the machine."""
+    first, others = found[0], found[1:]
+    told = dict(first.conditions)
+    for other in others:
+        told["machine"] = f"{told['machine']}; figures of {other.conditions['scale']}: {other.conditions['machine']}"
+    seconds = {name: value for one in found for name, value in one.seconds.items()}
+    return Results(told, seconds, [figure for one in found for figure in one.figures])
 
 
 def load(path: Path) -> Results:
@@ -74,8 +84,9 @@ def load(path: Path) -> Results:
         raise ValueError(f"{path} holds no figures of a run: {error}") from error
 
 
-def _conditions(scale: Scale) -> dict[str, Any]:
-    where = asdict(conditions())
+def conditions(scale: str) -> dict[str, Any]:
+    """Machine, versions and date of this process now, and the scale."""
+    where = asdict(here())
     del where["load_before"], where["huge_pages"]  # no times are compared here
     versions = {}
     for package in PACKAGES:
@@ -83,7 +94,7 @@ def _conditions(scale: Scale) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    return {**where, **versions, "lookahead_fused": lookahead_fused.__version__, "scale": scale.value}
+    return {**where, **versions, "lookahead_fused": lookahead_fused.__version__, "scale": scale}
 
 
 def _plain(figure: Figure) -> dict[str, Any]:

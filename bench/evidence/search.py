@@ -110,7 +110,10 @@ def search(space: Space, score: Score, budget: int) -> Search:
                 break
         climb.budget += min(EXTRA, budget)
         while not climb.bracketed and not climb.spent:
+            before = climb.best
             yield from climb.line("lr", 1)
+            if climb.best == before:
+                break
     except _Untrained:
         return None
     return Found(space.point(climb.best), climb.scores[climb.best], climb.bracketed, len(climb.scores))
@@ -174,5 +177,6 @@ class _Climb:
             self.scores[place] = math.inf if math.isnan(score) else score
 
     def _better(self, place: Place) -> bool:
-        """Of equals, which diverged runs are, the smaller learning rate."""
-        return (self.scores[place], place.lr) < (self.scores[self.best], self.best.lr)
+        """Of two that diverged the smaller learning rate."""
+        score, best = self.scores[place], self.scores[self.best]
+        return score < best or (score == best == math.inf and place.lr < self.best.lr)

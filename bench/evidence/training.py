@@ -216,23 +216,25 @@ def to_json(trained: Trained) -> Plain:
 def from_json(plain: Plain) -> Trained:
     """The inverse of `to_json`, to seven digits."""
 
-    def floats(name: str) -> list[float]:
-        values = plain[name]
-        assert isinstance(values, list)
-        return [float(value) for value in values]  # type: ignore[arg-type]
-
     def scores(when: str) -> dict[str, list[float]]:
-        return {name.removeprefix(when): floats(name) for name in plain if name.startswith(when)}
+        return {name.removeprefix(when): floats(plain, name) for name in plain if name.startswith(when)}
 
-    validation = floats("validation")
+    validation = floats(plain, "validation")
     return Trained(
         data=str(plain["data"]),
-        steps=[int(step) for step in floats("steps")],
-        curve=[floats(f"curve {i}") for i in range(len(validation))],
+        steps=[int(step) for step in floats(plain, "steps")],
+        curve=[floats(plain, f"curve {i}") for i in range(len(validation))],
         validation=validation,
         start=scores("start "),
         test=scores("test "),
     )
+
+
+def floats(plain: Plain, name: str) -> list[float]:
+    """A list of numbers of what `to_json` gave."""
+    values = plain[name]
+    assert isinstance(values, list)
+    return [float(value) for value in values]  # type: ignore[arg-type]
 
 
 def _plain(values: Sequence[float]) -> list[JSON]:

@@ -21,7 +21,7 @@ def test_the_choice_has_the_least_loss_of_all():
     after = slow + grid[:, None, None] * (fast - slow)
     losses = (A * after**2).sum(axis=-1)
     assert found == pytest.approx(grid[losses.argmin(axis=0)], abs=1e-3)
-    assert 10 < ((found > adaptive.LEAST) & (found < 1)).sum()  # not all of them clipped
+    assert ((found > adaptive.LEAST) & (found < 1)).sum() > 10  # not all of them clipped
 
 
 def test_no_way_is_no_choice():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.evidence import gpu
 from bench.evidence.claims import Claim, Condition, Relation, answer, failed, judge, load, missing, pattern
 from bench.evidence.experiments import EXPERIMENTS
 from bench.evidence.figures import Figure, exact
@@ -44,6 +45,7 @@ def test_answers_by_interval_and_margin(
         "better": better,
         "worse": worse,
         "not worse": not_worse,
+        "not better": {"yes": "no", "no": "yes", "open": "open"}[better],
         "equivalent": equivalent,
     }
     for relation, expected in wanted.items():
@@ -190,7 +192,7 @@ def test_globs_that_meet():
 
 
 def test_every_condition_names_a_figure_that_an_experiment_declares():
-    declared = [name for experiment in EXPERIMENTS for name in experiment.names()]
+    declared = [*gpu.NAMES, *(name for experiment in EXPERIMENTS for name in experiment.names())]
     lost = {
         condition.figure
         for entry in load()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.evidence import gpu, gpu_data, gpu_train
+from bench.evidence import gpu, gpu_data, gpu_train, results
 from bench.evidence.gpu import DRY_SIZES, Lines, Measurement, Run
 from bench.evidence.gpu_data import Cifar, DataError, Images, Tokens
 from bench.evidence.gpu_models import GPT, ResNet
@@ -288,9 +288,9 @@ def test_a_dry_run_does_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert gpu.main(arguments) == 0
     first = capsys.readouterr().out
     assert first.count("epoch 2/2") == 5 * 3
-    figures = {figure["name"]: figure for figure in json.loads((tmp_path / "figures.json").read_text())}
+    figures = {figure.name: figure for figure in results.load(tmp_path / "figures.json").figures}
     assert set(figures) == {f"gpu.gpt.{arm}-adamw.loss" for arm in ("snoo", "gpa", "ema", "lookahead")}
-    assert all(figure["n"] == 2 for figure in figures.values())
+    assert all(figure.n == 2 for figure in figures.values())
     lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
     assert len(lines) == 5 * 3 * DRY_SIZES["gpt"].epochs
     assert all(line["seconds"] > 0 and line["memory_mib"] > 0 for line in lines)

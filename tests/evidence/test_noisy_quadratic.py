@@ -128,7 +128,14 @@ def test_a_front_is_the_least_loss_among_cells_that_are_as_quiet() -> None:
             "after_1000": [1.0, 4.0],
             "after_10000": [1, 1],
         },
-        {"lrs": [2.0], "steady": [0.2], "after_100": [7.0], "after_1000": [6.0], "after_10000": [1.0]},
+        # Louder without being better: nobody has to take its second learning rate.
+        {
+            "lrs": [2.0, 4.0],
+            "steady": [0.2, 0.8],
+            "after_100": [7.0, 8.0],
+            "after_1000": [6.0, 9.0],
+            "after_10000": [1, 1],
+        },
     ]
     front = fronts.read_front(results)  # type: ignore[arg-type]
     # Half way from 0.1 to 0.4, and from 4 to 1, is 0.2 and 2 in logarithms; the other setting is worse there.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,9 +13,11 @@ import pytest
 
 from bench.evidence import __main__ as command
 from bench.evidence import results
-from bench.evidence.claims import Claim, Condition, judge
-from bench.evidence.figures import Figure, Picture
-from bench.evidence.forest import forest, interval, number
+from bench.evidence.claims import Claim, Condition, Finding, Relation, judge
+from bench.evidence.experiment import JSON, Job, Scale
+from bench.evidence.figures import Figure, Picture, exact
+from bench.evidence.forest import _margins, forest, interval, number
+from bench.evidence.records import Records
 from bench.evidence.report import to_html, to_markdown
 
 CONDITIONS = {
@@ -58,7 +62,7 @@ def test_markdown_has_a_row_a_claim(found: results.Results):
     assert cells[1][1:] == ["undecided", "2 yes, 1 open", answers]
     assert "untested here, because nothing here flies" in rows[2]
     assert "3 claims: 1 holds, 1 undecided, 1 untested here" in text
-    for said in ("Scale quick, 90 s of jobs", "2 cores", "torch 2.13.0"):
+    for said in ("Scale quick, 90 s of jobs", "2 cores", "torch 2.13.0", "This is a quick run"):
         assert said in text
 
 
@@ -111,6 +115,22 @@ def test_a_picture_has_intervals_where_they_are():
     assert float(margin.get("x1", "")) == pytest.approx(left + 0.032 * scale, abs=0.2)
 
 
+@pytest.mark.parametrize(
+    ("relation", "places"),
+    [
+        ("better", [-0.01]),
+        ("not better", [-0.01]),
+        ("worse", [0.01]),
+        ("not worse", [0.01]),
+        ("equivalent", [-0.01, 0.01]),
+        ("above", [0.01]),
+    ],
+)
+def test_margins_are_drawn_where_the_rule_has_them(relation: Relation, places: list[float]):
+    finding = Finding(Condition("x", relation, 0.01, "w"), "w", "open", FIGURES[0])
+    assert _margins(finding, FIGURES[0]) == places
+
+
 def test_unbounded_intervals_can_be_drawn():
     lone = Figure("x", 1.0, float("-inf"), float("inf"), 1.0, 1, "nats", -1)
     verdict = judge([Claim("c", "c", "s", "s", (Condition("x", "better", 0.0, "w"),))], [lone])[0]
@@ -142,6 +162,14 @@ def test_the_command_makes_pages_from_kept_figures(
     assert command.main(["report", str(kept), "--out", str(tmp_path / "pages")]) == 0
     assert "Scale quick" in (tmp_path / "pages" / "report.md").read_text()
     assert (tmp_path / "pages" / "report.html").read_text().startswith("<!doctype html>")
+    # Beside the figures of another machine.
+    others = [Figure("nothing.else", 1.0, 1.0, 1.0, 0.0, 0, "ratio", 0)]
+    results.save(results.Results({**CONDITIONS, "scale": "gpu", "machine": "A GPU"}, {}, others), tmp_path / "gpu.json")
+    both = [str(kept), str(tmp_path / "gpu.json")]
+    assert command.main(["report", *both, "--out", str(tmp_path / "pages")]) == 0
+    page = (tmp_path / "pages" / "report.html").read_text()
+    assert "figures of gpu: A GPU" in page
+    assert "All 4 figures" in page
     capsys.readouterr()
     assert command.main(["report", str(tmp_path / "absent.json"), "--out", str(tmp_path)]) == 2
     assert "absent.json" in capsys.readouterr().err
@@ -152,3 +180,57 @@ def test_an_experiment_that_is_not_there_is_a_wrong_call(capsys: pytest.CaptureF
         command.main(["--only", "no-such-thing"])
     assert ended.value.code == 2
     assert "no-such-thing" in capsys.readouterr().err
+
+
+@dataclass
+class Measured:
+    """One job, whose error is a figure that must be below 0.01."""
+
+    error: float
+    name: str = "measured"
+    revision: int = 1
+
+    def names(self) -> tuple[str, ...]:
+        return ("measured.error",)
+
+    def jobs(self, scale: Scale, records: Records) -> Iterator[Job]:
+        yield Job({"scale": scale.value}, self.measure, 1.0)
+
+    def measure(self) -> dict[str, JSON]:
+        if self.error < 0:
+            raise ArithmeticError("it diverged")
+        return {"error": self.error}
+
+    def figures(self, records: Records) -> list[Figure]:
+        found = [float(str(result["error"])) for _, result in records.of(self.name, self.revision)]
+        return [exact("measured.error", error, unit="ratio", better=-1) for error in found]
+
+    def pictures(self, records: Records) -> list[Picture]:
+        return []
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"), [(0.001, 0, ""), (0.1, 1, "one must hold"), (-1, 1, "it diverged")]
+)
+def test_the_command_fails_where_an_exact_result_or_a_job_does(
+    error: float,
+    status: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    must = Claim("one", "It is so.", "s", "s", (Condition("measured.error", "below", 0.01, "w"),), must=True)
+    monkeypatch.setattr(command, "load", lambda: [must])
+    monkeypatch.setattr(command, "EXPERIMENTS", (Measured(error),))
+    out, kept = tmp_path / "out", tmp_path / "kept.json"
+    arguments = ["--scale", "smoke", "--out", str(out), "--keep", str(kept)]
+    assert command.main(arguments) == status
+    told = capsys.readouterr().err
+    assert said in told
+    assert ("error:" in told) == bool(status)
+    assert {path.name for path in out.iterdir()} >= {"report.html", "report.md", "figures.json"}
+    assert [figure.name for figure in results.load(kept).figures] == ([] if error < 0 else ["measured.error"])
+    if error >= 0:  # what was measured is not measured again, and judged all the same
+        monkeypatch.setattr(command, "EXPERIMENTS", (Measured(-1),))
+        assert command.main(arguments) == status
