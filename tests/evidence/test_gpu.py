@@ -269,6 +269,7 @@ def test_a_line_that_was_cut_off_is_no_line(tmp_path: Path) -> None:
     with (tmp_path / "lines.jsonl").open("a") as file:
         file.write('{"task": "gpt", "ar')
     lines = Lines(tmp_path / "lines.jsonl")
+    assert lines.finished(run, 2) is None
     lines.add(run, {"epoch": 2, "loss": 1.0})
     assert [json.loads(line)["epoch"] for line in (tmp_path / "lines.jsonl").read_text().splitlines()] == [1, 2]
 

@@ -194,6 +194,10 @@ def test_a_full_run_tunes_confirms_and_judges(runs: list[tuple[str, Point, tuple
     assert figures["digits-cnn-adamw.constant.lookahead-untuned-base.final"].value == pytest.approx(0.2, abs=0.02)
     assert figures["digits-cnn-adamw.constant.base-small-lr-base.final"].value == pytest.approx(0.1, abs=0.02)
     assert figures["digits-cnn-adamw.constant.lookahead-base.steps-ratio"].value < 1
+    # At its own best Schedule-Free comes to what the base does, whose cosine runs it is compared with.
+    unscheduled = figures["digits-cnn-adamw.constant.schedule-free-cosine-base.final"]
+    assert unscheduled.value == pytest.approx(0.0, abs=0.01)
+    assert unscheduled.n == 20
     # The average's best learning rate is always the largest: nothing is said of it.
     assert not [name for name in figures if "ema" in name]
     assert all(any(pattern(name).fullmatch(made) for name in experiment.names()) for made in figures)
