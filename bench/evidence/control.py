@@ -42,7 +42,7 @@ class Size:
 LRS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SIZES: Mapping[Scale, Size] = {
     Scale.SMOKE: Size(dqn.Plan(steps=130, evaluations=2, episodes=2), Grid(LRS[2:3], (0.9,), 0), 2, 6),
-    Scale.QUICK: Size(dqn.Plan(steps=1500), Grid(LRS, (0.9,), 0), 3, 20),
+    Scale.QUICK: Size(dqn.Plan(steps=1500), Grid(LRS, (0.9,), 2), 3, 20),
     Scale.FULL: Size(dqn.Plan(steps=3000), Grid(LRS, (0.5, 0.9, 0.95), 3), 6, 24),
 }
 

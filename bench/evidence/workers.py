@@ -359,7 +359,7 @@ def plans(lrs: tuple[float, ...], betas: tuple[float, ...], main: bool = False) 
     few, all_ = ((1, 4, 16), (1, 2, 4, 8, 16)) if main else ((1, 4), (1, 4, 16))
     return {
         Scale.SMOKE: Plan((1, 4) if main else (4,), steps=16, grid=Grid(lrs[2:4], betas[-1:], 0), tuning=2, fresh=6),
-        Scale.QUICK: Plan(few, steps=120, grid=Grid(lrs, betas[-1:], 1), tuning=3, fresh=20),
+        Scale.QUICK: Plan(few, steps=120, grid=Grid(lrs, betas[-1:], 2), tuning=3, fresh=20),
         Scale.FULL: Plan(all_, steps=256, grid=Grid(lrs, betas, 3), tuning=6, fresh=24),
     }
 
