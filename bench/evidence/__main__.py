@@ -1,6 +1,6 @@
 """Measure what slow weights do for training, and judge by it every claim of the literature.
 
-    python -m bench.evidence [--scale smoke|quick|full] [--out FOLDER] [--only GLOB] [--keep FILE]
+    python -m bench.evidence [--scale smoke|quick|full] [--out FOLDER] [--only GLOB] [--keep FILE] [--at-once JOBS]
     python -m bench.evidence report FILE ... [--out FOLDER]
 
 The first runs the experiments, or goes on with a run that was cut off, and writes report.html, report.md and
@@ -12,13 +12,13 @@ and with 2 where it was called wrongly. Nothing is downloaded.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 try:
     import scipy  # type: ignore[import-untyped]  # noqa: F401  missed now, not after minutes of training
-    import torch
     from rich.console import Console
 
     from bench.evidence import results
@@ -51,16 +51,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help=f"folder of record and pages ({OUT}/SCALE)")
     parser.add_argument("--only", metavar="GLOB", default="*", help="the experiments so named (%(default)s)")
     parser.add_argument("--keep", metavar="FILE", type=Path, help="also write the figures there")
+    parser.add_argument(
+        "--at-once", metavar="JOBS", type=int, default=os.cpu_count() or 1, help="on a thread each (%(default)s)"
+    )
     options = parser.parse_args(given)
     scale = Scale(options.scale)
     chosen = [experiment for experiment in EXPERIMENTS if pattern(options.only).fullmatch(experiment.name)]
     if not chosen:
         names = ", ".join(experiment.name for experiment in EXPERIMENTS)
         parser.error(f"no experiment is named {options.only}; there are {names}")
-    return measure(chosen, scale, options.out or OUT / scale.value, options.keep)
+    if options.at_once < 1:
+        parser.error(f"argument --at-once: at least 1 job, not {options.at_once}")
+    return measure(chosen, scale, options.out or OUT / scale.value, options.keep, options.at_once)
 
 
-def measure(chosen: Sequence[Experiment], scale: Scale, out: Path, keep: Path | None) -> int:
+def measure(chosen: Sequence[Experiment], scale: Scale, out: Path, keep: Path | None, at_once: int) -> int:
     """Run experiments, judge, and write the pages.
 
     Args:
@@ -68,14 +73,14 @@ def measure(chosen: Sequence[Experiment], scale: Scale, out: Path, keep: Path | 
         scale: how much is run.
         out: folder of record.jsonl and of the pages, made if it is not there.
         keep: a further file for the figures.
+        at_once: jobs, each on one thread.
 
     Returns:
         The exit status.
     """
-    torch.set_num_threads(1)  # the same sums on every machine, and these networks are too small for two
     console = Console() if sys.stdout.isatty() else Console(width=118)
     records = Records(out / "record.jsonl")
-    failures = run(chosen, scale, records, console)
+    failures = run(chosen, scale, records, console, at_once)
     found, pictures = results.collect(chosen, scale, records)
     for path in (out / "figures.json", *([keep] if keep else [])):
         results.save(found, path)

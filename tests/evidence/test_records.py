@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import json
 import math
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from joblib.externals.loky.backend.reduction import dumps
 from rich.console import Console
 
 from bench.evidence import results
-from bench.evidence.experiment import Job, Scale
+from bench.evidence.experiment import Experiment, Job, Scale
+from bench.evidence.experiments import EXPERIMENTS
 from bench.evidence.figures import Figure, Picture, exact
 from bench.evidence.records import Records
 from bench.evidence.run import run
@@ -118,6 +121,30 @@ def test_one_experiments_failure_leaves_the_others(tmp_path: Path, capsys: pytes
     # No bar where nobody watches.
     assert [line.partition(" in ")[0] for line in written.splitlines()] == ["tuned: 0 jobs", "other: 3 jobs"]
     assert "it diverged" in capsys.readouterr().err
+
+
+def test_jobs_at_once_are_the_same_jobs(capsys: pytest.CaptureFixture[str]):
+    """In processes of their own: what they need goes there, what they give comes back, and what they raise too."""
+    records, tuned = Records(None), Tuned()
+    assert run([tuned], Scale.SMOKE, records, quiet(), at_once=2) == []
+    assert tuned.ran == []  # but elsewhere
+    assert sorted(records.of("tuned", 1), key=str) == [
+        ({"confirmed": 0.2}, {"loss": pytest.approx(-0.2)}),
+        ({"lr": 0.1}, {"loss": 0.9}),
+        ({"lr": 0.2}, {"loss": 0.8}),
+    ]
+    failures = run([Tuned(failing=0.2)], Scale.SMOKE, Records(None), quiet(), at_once=2)
+    assert [(one.setting, one.error) for one in failures] == [("{'lr': 0.2}", "ArithmeticError: it diverged")]
+    assert "in train" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*is skipped")
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.name)
+def test_jobs_can_go_to_another_process(experiment: Experiment):
+    for scale in (Scale.SMOKE, Scale.FULL):
+        for job in experiment.jobs(scale, Records(None)):
+            again = pickle.loads(dumps(job))  # as they travel
+            assert (again.setting, again.cost) == (job.setting, job.cost)
 
 
 FIGURES = [
