@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bench.evidence import tuned
+from bench.evidence import curves, tuned
 from bench.evidence.arms import ARMS, Arm, has_muon
 from bench.evidence.data import NotHere
 from bench.evidence.experiment import JSON, Job, Scale
@@ -135,19 +135,33 @@ class Comparison:
 
     def figures(self, records: Records) -> list[Figure]:
         """Of the largest scale at which there is anything."""
-        for scale in (Scale.FULL, Scale.QUICK, Scale.SMOKE):
-            plan = self.plan(scale)
-            made = (
-                []
-                if plan is None
-                else [f for schedule in plan.schedules for f in self._figures(plan, schedule, records)]
-            )
-            if plan is not None and made:
+        for plan in self._plans():
+            if made := [figure for schedule in plan.schedules for figure in self._figures(plan, schedule, records)]:
                 return [*made, *self._unscheduled(plan, records)]
         return []
 
     def pictures(self, records: Records) -> list[Picture]:
+        """As figures(), the curves of each schedule."""
+        for plan in self._plans():
+            runs = {schedule: self._runs(plan, schedule, records)[0] for schedule in plan.schedules}
+            if any(runs.values()):
+                return [
+                    curves.picture(
+                        f"{self.name}.{schedule}.curves",
+                        f"{self.name}, {schedule} learning rate, each arm at its best settings",
+                        {arm: trained for arm, trained in of.items() if arm not in (SMALL_LR, UNTUNED)},
+                    )
+                    for schedule, of in runs.items()
+                    if of
+                ]
         return []
+
+    def _plans(self) -> Iterator[Plan]:
+        """What may be recorded, the largest first."""
+        for scale in (Scale.FULL, Scale.QUICK, Scale.SMOKE):
+            plan = self.plan(scale)
+            if plan is not None:
+                yield plan
 
     def plan(self, scale: Scale) -> Plan | None:
         """How much of this task a scale runs; None: nothing."""
@@ -201,6 +215,25 @@ class Comparison:
         return not reason
 
     def _figures(self, plan: Plan, schedule: Schedule, records: Records) -> list[Figure]:
+        runs, notes = self._runs(plan, schedule, records)
+        pairs = [(name, "base") for name in runs if name != "base"]
+        pairs += [("lookahead", "ema"), ("lookahead", SMALL_LR)]
+        return [
+            figure
+            for arm, other in pairs
+            if arm in runs and other in runs
+            for figure in _compare(
+                f"{self.name}.{schedule}.{arm}-{other}",
+                self.task,
+                runs,
+                (arm, other),
+                f"{runs[arm].data}. {'Smoke test, not tuned. ' if plan is SMOKE else ''}"
+                f"{arm}: {notes[arm]}; {other}: {notes[other]}.",
+            )
+        ]
+
+    def _runs(self, plan: Plan, schedule: Schedule, records: Records) -> tuple[dict[str, Trained], dict[str, str]]:
+        """By arm and control, the run on fresh seeds and what it was run at."""
         runs: dict[str, Trained] = {}
         notes: dict[str, str] = {}
         points: dict[str, Point] = {}
@@ -219,21 +252,7 @@ class Comparison:
             origin = "lookahead" if label == SMALL_LR else "base"
             if trained is not None and origin in runs:
                 runs[label], notes[label] = trained, f"at the settings of {origin}"
-        pairs = [(name, "base") for name in runs if name != "base"]
-        pairs += [("lookahead", "ema"), ("lookahead", SMALL_LR)]
-        return [
-            figure
-            for arm, other in pairs
-            if arm in runs and other in runs
-            for figure in _compare(
-                f"{self.name}.{schedule}.{arm}-{other}",
-                self.task,
-                runs,
-                (arm, other),
-                f"{runs[arm].data}. {'Smoke test, not tuned. ' if plan is SMOKE else ''}"
-                f"{arm}: {notes[arm]}; {other}: {notes[other]}.",
-            )
-        ]
+        return runs, notes
 
     def _unscheduled(self, plan: Plan, records: Records) -> Iterator[Figure]:
         """Schedule-Free at a constant learning rate against the base at a cosine schedule, as its authors compare."""
@@ -311,7 +330,7 @@ def _compare(name: str, task: Task, runs: Mapping[str, Trained], pair: tuple[str
     for metric in ("loss", *task.metrics):
         kind, unit, better = UNITS[metric]
         yield paired(f"{name}.{kind}", arm.scored(metric), other.scored(metric), unit=unit, better=better, note=note)
-    ratios = [steps_ratio(a, b, arm.steps) for a, b in zip(arm.curve, other.curve, strict=True)]
+    ratios = [curves.steps_ratio(a, b, arm.steps) for a, b in zip(arm.curve, other.curve, strict=True)]
     yield ratio(f"{name}.steps-ratio", ratios, [1.0] * len(ratios), better=-1, note=note)
     if pair == ("lookahead", "base") and UNTUNED in runs:
         yield from _variances(name, runs[UNTUNED], other)
@@ -323,53 +342,11 @@ def _variances(name: str, arm: Trained, other: Trained) -> Iterator[Figure]:
     finals = arm.scored("loss"), other.scored("loss")
     if all(len(values) >= FEWEST and np.ptp(values) > 0 for values in finals):
         yield variance_ratio(f"{name}.seed-variance", *finals, note=note)
-    within = zip(map(fluctuation, arm.curve), map(fluctuation, other.curve), strict=True)
+    within = zip(map(curves.fluctuation, arm.curve), map(curves.fluctuation, other.curve), strict=True)
     sound = [(a, b) for a, b in within if 0 < a < math.inf and 0 < b < math.inf]
     if sound:
         note += f" Of {len(sound)} seeds that neither diverged."
         yield ratio(f"{name}.fluctuation", [a for a, _ in sound], [b for _, b in sound], better=-1, note=note)
-
-
-LAST = 3  # evaluations whose mean is where a run ends
-
-
-def steps_ratio(arm: Sequence[float], other: Sequence[float], steps: Sequence[int]) -> float:
-    """Steps that an arm needs over those that the other does, to the loss at which the worse of the two ends.
-
-    Either's steps are those to its first evaluation at that loss or below, interpolated between two evaluations: a run
-    compared with itself gives 1, however it fluctuates, and two runs the inverse of what they give the other way. One
-    that diverged is as if it had taken the whole run to where the other is at its first evaluation.
-    """
-    ends = _end(arm), _end(other)
-    if not all(map(math.isfinite, ends)):
-        longest = steps[-1] / steps[0]
-        return 1.0 if ends[0] == ends[1] else longest if ends[0] > ends[1] else 1 / longest
-    target = max(ends)
-    return _reached(arm, steps, target) / _reached(other, steps, target)
-
-
-def fluctuation(curve: Sequence[float]) -> float:
-    """Variance around a straight line of the last quarter of a curve's evaluations, infinite where it diverged."""
-    last = np.asarray(curve[-max(4, len(curve) // 4) :])
-    if not np.isfinite(last).all() or len(last) < 4:
-        return math.inf
-    places = np.arange(len(last))
-    rest = last - np.polyval(np.polyfit(places, last, 1), places)
-    return float(np.square(rest).sum() / (len(last) - 2))
-
-
-def _end(curve: Sequence[float]) -> float:
-    return sum(curve[-LAST:]) / len(curve[-LAST:])
-
-
-def _reached(curve: Sequence[float], steps: Sequence[int], target: float) -> float:
-    for i, loss in enumerate(curve):
-        if loss <= target:
-            if i == 0:
-                return float(steps[i])
-            part = (curve[i - 1] - target) / (curve[i - 1] - loss)
-            return steps[i - 1] + part * (steps[i] - steps[i - 1])
-    return float(steps[-1])
 
 
 def _words(point: Point) -> str:

@@ -14,7 +14,7 @@ from bench.evidence import protocol, tuned
 from bench.evidence.arms import ARMS, RULES, Arm
 from bench.evidence.claims import pattern
 from bench.evidence.experiment import Scale
-from bench.evidence.protocol import Comparison, fluctuation, steps_ratio
+from bench.evidence.protocol import Comparison
 from bench.evidence.records import Records
 from bench.evidence.search import EXTRA, Found, Space, search
 from bench.evidence.tasks import TASKS
@@ -109,30 +109,6 @@ def test_momentum_is_tuned_at_one_length_of_steps() -> None:
     assert lengths("base", "adamw") == lengths("lookahead", "adamw") == {0.01}
 
 
-def test_steps_are_those_to_where_the_worse_of_two_ends() -> None:
-    steps = [3, 13, 23, 33, 43, 53]
-    base = [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]  # ends at 2, reached at step 43
-    fast = [4.0, 2.0, 1.0, 1.0, 1.0, 1.0]  # reaches 2 at step 13
-    assert steps_ratio(fast, base, steps) == pytest.approx(13 / 43)
-    assert steps_ratio(base, fast, steps) == pytest.approx(43 / 13)
-    noisy = [5.0, 1.5, 4.0, 2.0, 3.0, 2.5]  # is below its end at once, by chance
-    assert steps_ratio(noisy, noisy, steps) == 1.0
-    broken = [6.0, 7.0, math.inf, math.inf, math.inf, math.inf]
-    assert steps_ratio(broken, base, steps) == 53 / 3
-    assert steps_ratio(base, broken, steps) == pytest.approx(3 / 53)
-    assert steps_ratio(broken, broken, steps) == 1.0
-
-
-def test_fluctuation_is_what_a_trend_leaves() -> None:
-    falling = [10.0 - 0.1 * i for i in range(40)]
-    assert fluctuation(falling) == pytest.approx(0, abs=1e-20)
-    wave = [0.3 if i % 2 else -0.3 for i in range(40)]
-    both = [a + b for a, b in zip(falling, wave, strict=True)]
-    assert fluctuation(both) == pytest.approx(fluctuation(wave), rel=1e-6)
-    assert fluctuation(wave) == pytest.approx(0.09 * 10 / 8, rel=0.05)
-    assert fluctuation([*falling[:-1], math.inf]) == math.inf
-
-
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Point, tuple[int, ...]]]:
     """Training replaced by a formula; what was trained, in order."""
@@ -200,6 +176,11 @@ def test_a_full_run_tunes_confirms_and_judges(runs: list[tuple[str, Point, tuple
     assert unscheduled.n == 20
     # The average's best learning rate is always the largest: nothing is said of it.
     assert not [name for name in figures if "ema" in name]
+    drawn = {picture.name: picture.svg for picture in experiment.pictures(records)}
+    assert list(drawn) == ["digits-cnn-adamw.constant.curves", "digits-cnn-adamw.cosine.curves"]
+    for text in drawn.values():
+        assert all(f">{arm}<" in text for arm in ("base", "lookahead", "gpa"))
+        assert not any(f">{arm}<" in text for arm in ("ema", "lookahead-untuned", "base-small-lr"))
     assert all(any(pattern(name).fullmatch(made) for name in experiment.names()) for made in figures)
 
 
