@@ -131,7 +131,8 @@ class Fused(Hooked):
             # What torch.amp.GradScaler sets on an optimizer that unscales in its own step.
             grad_scale: Tensor | None = getattr(self, "grad_scale", None)
             found_inf: Tensor | None = getattr(self, "found_inf", None)
-            self._advance(grad_scale, found_inf, self._asked_norm)
+            norm = self._norm
+            self._advance(grad_scale, found_inf, norm if norm.is_asked else None)
         return loss
 
     @property

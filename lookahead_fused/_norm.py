@@ -169,15 +169,13 @@ class GlobalNorm:
         _SKIP.check(SKIP, skip_nonfinite)
         self.max_grad_norm = None if max_grad_norm is None else float(max_grad_norm)
         self.skip_nonfinite = bool(skip_nonfinite)
+        # Looked at in every step, also in those of optimizers without a norm.
+        self.is_asked = max_grad_norm is not None or self.skip_nonfinite
         # The norm and the coefficient of the last step, and how many steps were skipped: written in place, so that a
         # captured graph writes them in every replay.
         self._clip: Tensor | None = None
         self._skip: Tensor | None = None
         self._skipped: Tensor | None = None
-
-    @property
-    def is_asked(self) -> bool:
-        return self.max_grad_norm is not None or self.skip_nonfinite
 
     def last(self, device: torch.device) -> Tensor:
         """The norm that the last step found, a 0-dim tensor of its own; NaN before the first."""

@@ -231,16 +231,18 @@ class CompiledPart:
     def begin(self) -> None:
         # A backend writes through addresses, which autograd does not see.
         increment_version(self.table.updated())
-        for owner, copy in self._active_copies():
-            copy.copy_(local_tensor(owner))
+        if self._copies:
+            for owner, copy in self._active_copies():
+                copy.copy_(local_tensor(owner))
 
     def run(self, grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None = None) -> None:
         stepper, self._measuring = self.stepper or self._measuring or self._make_stepper(self), None
         stepper.run(self, grad_scale, found_inf, clip)
         # Not before: the first pass may fail in what it loads or compiles, and is made anew then.
         self.stepper = stepper
-        for owner, copy in self._active_copies():
-            local_tensor(owner).copy_(copy)
+        if self._copies:
+            for owner, copy in self._active_copies():
+                local_tensor(owner).copy_(copy)
 
     def _active_copies(self) -> list[tuple[Tensor, Tensor]]:
         return [(o, copy) for o, copy, _ in self._copies if self.pass_ is Pass.SYNC or o.grad is not None]

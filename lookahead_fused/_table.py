@@ -264,10 +264,13 @@ class Table:
 
     def _refreshed(self, state: State, pass_: Pass) -> bool:
         try:
-            return all(part.refresh(state, pass_) for part in self._parts.values())
+            for part in self._parts.values():
+                if not part.refresh(state, pass_):
+                    return False
         except BaseException:
             self._release()
             raise
+        return True
 
     def _release(self) -> None:
         for part in self._parts.values():
@@ -399,8 +402,11 @@ def _in_order(parts: dict[tuple[Any, ...], Part]) -> dict[tuple[Any, ...], Part]
 
 
 def _run_part(part: Part, grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None) -> None:
-    device = part.spec.device
     part.begin()
+    if grad_scale is None and found_inf is None and clip is None:
+        part.run(None, None, None)
+        return
+    device = part.spec.device
     part.run(_on(grad_scale, device), _on(found_inf, device), None if clip is None else clip.to(device))
 
 
