@@ -76,14 +76,16 @@ test-tools: $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.extra-evidence $(VE
 # Lightning's command line is made by jsonargparse.
 CLIENTS := accelerate deepspeed fastai "jsonargparse[signatures]" lightning skorch stable-baselines3 timm transformers
 
-# DeepSpeed's setup imports torch, and compiles what it needs when it runs, by ninja. The registry's torchvision, which
-# fastai and timm ask for, is built for CUDA; beside a torch for the CPU it cannot be imported, and transformers would
-# try to. It is moved apart, where timm's tests alone find it (tests/clients/torchvision_apart.py).
+# torch is named twice: the newest torchvision would bring another. DeepSpeed's setup imports torch, and compiles what it
+# needs when it runs, by ninja. The registry's torchvision, which fastai and timm ask for, is built for CUDA; beside a
+# torch for the CPU it cannot be imported, and transformers would try to. It is moved apart, where timm's tests alone
+# find it (tests/clients/torchvision_apart.py).
 build/clients/.installed: $(VENV)/.torch Makefile
 	$(PYTHON) -m venv build/clients
 	build/clients/bin/pip --disable-pip-version-check install --quiet $(TORCH) hypothesis ninja "pytest>=8,<9.2" \
 	  pytest-benchmark setuptools wheel
-	DS_BUILD_OPS=0 build/clients/bin/pip --disable-pip-version-check install --quiet --no-build-isolation $(CLIENTS)
+	DS_BUILD_OPS=0 build/clients/bin/pip --disable-pip-version-check install --quiet --no-build-isolation $(TORCH) \
+	  $(CLIENTS)
 	rm -rf build/clients/torchvision-apart
 	build/clients/bin/python -c "import torchvision" 2>/dev/null || { \
 	  release=$$(build/clients/bin/pip freeze | grep '^torchvision==') \
