@@ -73,17 +73,25 @@ test: $(VENV)/.extra-test ## the tests of the package
 test-tools: $(VENV)/.extra-test $(VENV)/.extra-demo $(VENV)/.extra-evidence $(VENV)/.extra-release ## the tests of what builds it, of the machine code, of the benchmarks and the evidence
 	LOOKAHEAD_FUSED_EXPECTED_IN=$(CURDIR) $(PY) $(PYTEST) $(GROUPED) $(ARGS) $(TOOLS:%=tests/%)
 
-CLIENTS := accelerate deepspeed fastai lightning skorch stable-baselines3 transformers
+# Lightning's command line is made by jsonargparse.
+CLIENTS := accelerate deepspeed fastai "jsonargparse[signatures]" lightning skorch stable-baselines3 timm transformers
 
-# DeepSpeed's setup imports torch, and compiles what it needs when it runs, by ninja. The registry's torchvision, which
-# fastai asks for, is built for CUDA; beside a torch for the CPU it cannot be imported, and transformers would try to.
+# torch is named twice: the newest torchvision would bring another. DeepSpeed's setup imports torch, and compiles what it
+# needs when it runs, by ninja. The registry's torchvision, which fastai and timm ask for, is built for CUDA; beside a
+# torch for the CPU it cannot be imported, and transformers would try to. It is moved apart, where timm's tests alone
+# find it (tests/clients/torchvision_apart.py).
 build/clients/.installed: $(VENV)/.torch Makefile
 	$(PYTHON) -m venv build/clients
 	build/clients/bin/pip --disable-pip-version-check install --quiet $(TORCH) hypothesis ninja "pytest>=8,<9.2" \
 	  pytest-benchmark setuptools wheel
-	DS_BUILD_OPS=0 build/clients/bin/pip --disable-pip-version-check install --quiet --no-build-isolation $(CLIENTS)
-	build/clients/bin/python -c "import torchvision" 2>/dev/null \
-	  || build/clients/bin/pip uninstall --quiet --yes torchvision
+	DS_BUILD_OPS=0 build/clients/bin/pip --disable-pip-version-check install --quiet --no-build-isolation $(TORCH) \
+	  $(CLIENTS)
+	rm -rf build/clients/torchvision-apart
+	build/clients/bin/python -c "import torchvision" 2>/dev/null || { \
+	  release=$$(build/clients/bin/pip freeze | grep '^torchvision==') \
+	  && build/clients/bin/pip --disable-pip-version-check install --quiet --no-deps \
+	    --target build/clients/torchvision-apart "$$release" \
+	  && build/clients/bin/pip uninstall --quiet --yes torchvision; }
 	@touch $@
 
 test-clients: build/clients/.installed $(VENV)/.built ## training frameworks, each by its own loop (CLIENTS.md)

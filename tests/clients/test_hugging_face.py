@@ -112,3 +112,33 @@ def test_a_resumed_run_ends_with_the_same_bits(evaluates: bool, tmp_path: Path) 
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert same_weights(weights(resumed.model), weights(whole.model))
     assert same_weights(slow_weights_of(resumed), slow_weights_of(whole))
+
+
+def test_evaluations_leave_the_run_alone(tmp_path: Path) -> None:
+    evaluated: list[list[torch.Tensor]] = []
+    alone, evaluating = (
+        make_trainer(tmp_path, 5),
+        make_trainer(tmp_path, 5, evaluated, eval_strategy="steps", eval_steps=1, save_strategy="no"),
+    )
+    for trainer in (alone, evaluating):
+        trainer.train()
+    assert len(evaluated) >= 5
+    assert same_weights(evaluated[-1], slow_weights_of(alone))
+    evaluating.optimizer.train()
+    assert same_weights(weights(evaluating.model), weights(alone.model))
+    assert same_weights(slow_weights_of(evaluating), slow_weights_of(alone))
+
+
+def test_the_best_model_is_the_slow_weights_that_were_evaluated(tmp_path: Path) -> None:
+    """As the Trainer loads it at the end; the training weights stand by until `train()`."""
+    evaluated: list[list[torch.Tensor]] = []
+    alone = make_trainer(tmp_path / "alone", 3)
+    alone.train()
+    best = make_trainer(tmp_path, 3, evaluated, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True)
+    best.train()
+    saved = safetensors.load_file(tmp_path / "checkpoint-3/model.safetensors")
+    assert same_weights(evaluated[-1], slow_weights_of(alone))
+    assert same_weights([saved[name] for name, _ in best.model.named_parameters()], evaluated[-1])
+    assert same_weights(weights(best.model), evaluated[-1])
+    best.optimizer.train()
+    assert same_weights(weights(best.model), weights(alone.model))
