@@ -62,8 +62,8 @@ evidence-gpu: $(if $(ON_SYSTEM),,$(VENV)/.extra-evidence) ## CIFAR and a GPT of 
 # Two workers share the cores: a thread that spins, as OpenMP's do by default, takes one from the other's test.
 test test-tools test-clients test-versions test-tritons sanitize-cpu: export OMP_WAIT_POLICY ?= passive
 
-# What builds wheels, reads machine code, reports a build, measures or trains is no other under another torch, and takes as long
-# as the rest; clients are installed by `make test-clients`.
+# What builds wheels, reads machine code, reports a build, measures or trains is no other under another torch, and takes
+# as long as the rest; clients are installed by `make test-clients`.
 TOOLS := building benchmarks evidence
 APART := $(TOOLS) clients
 

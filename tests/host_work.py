@@ -20,8 +20,8 @@ import torch
 MANY = 1000
 ROUNDS, STEPS = 20, 60
 # In addresses asked for by Python: a tensor's part of a step is 2.3 to 2.8 of them on a quiet machine and was seen at
-# 6.6 on a busy one; read through PyTorch's table of functions for DLPack it is 15, through Python's attributes 300.
-FOR_EACH = 9.0
+# 4.8 on a busy one; read through PyTorch's table of functions for DLPack it is 15, through Python's attributes 300.
+FOR_EACH = 6.0
 
 
 class Stepped(NamedTuple):
