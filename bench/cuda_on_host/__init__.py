@@ -54,7 +54,7 @@ def missing() -> str:
 def build(*options: str) -> Path:
     """The module, compiled with further options unless that was done before."""
     csrc = ROOT / "csrc"
-    folders = [csrc / name for name in ("rules", "slow", "table", "cuda", "torch", "python")] + [HERE]
+    folders = [csrc / name for name in ("rules", "slow", "state", "table", "cuda", "torch", "python")] + [HERE]
     sources = sorted(
         path for folder in folders for path in folder.iterdir() if path.suffix in (".h", ".cuh", ".cu", ".cpp", ".in")
     )
