@@ -10,6 +10,8 @@ from torch import Tensor
 
 from . import _policies as policies
 from ._norm import GlobalNorm, documents_norm
+from ._policies import StateDtype
+from ._state_dtype import documents_state_dtype
 from ._swap import Swap
 from ._wrapper import Wrapper
 
@@ -73,7 +75,7 @@ def _shared(state: str) -> Callable[[type[Averaged]], type[Any]]:
     def documented(cls: type[Averaged]) -> type[Any]:
         shared = _SHARED.strip("\n").format(prefix=cls.policy.prefix, state=state)
         cls.__doc__ = (cls.__doc__ or "").replace("    {shared}", shared)
-        return documents_norm(cls)
+        return documents_norm(documents_state_dtype(cls))
 
     return documented
 
@@ -94,6 +96,7 @@ class GPA(Averaged):
         master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate; they are refused
             without, since x follows from y and 16 bits are too few for that. Not around an optimizer whose step is its
             own.
+        {state_dtype}
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
         {norm}
 
@@ -118,6 +121,7 @@ class GPA(Averaged):
         eval_interp: float = 0.9967,
         *,
         master_weights: bool = False,
+        state_dtype: StateDtype = "float32",
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -128,6 +132,7 @@ class GPA(Averaged):
             train_interp=train_interp,
             eval_interp=eval_interp,
             master_weights=master_weights,
+            state_dtype=state_dtype,
             backend=backend,
         )
 
@@ -151,6 +156,7 @@ class ScheduleFree(Averaged):
         master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate; they are refused
             without, since x follows from y and 16 bits are too few for that. Not around an optimizer whose step is its
             own.
+        {state_dtype}
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
         {norm}
 
@@ -176,6 +182,7 @@ class ScheduleFree(Averaged):
         r: int = 0,
         weight_lr_power: int = 2,
         master_weights: bool = False,
+        state_dtype: StateDtype = "float32",
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -187,5 +194,6 @@ class ScheduleFree(Averaged):
             r=r,
             weight_lr_power=weight_lr_power,
             master_weights=master_weights,
+            state_dtype=state_dtype,
             backend=backend,
         )

@@ -48,7 +48,8 @@ def exactly(
         optimizer: Where the state goes.
         state_dict: What is loaded, this optimizer's or that of the torch class it stands for.
         policy: The names of Lookahead's entries in the groups. Those that the state dict lacks stay as they are, and so
-            does the choice of a backend: it belongs to the machine, not to the run.
+            do the choices of a backend, which belongs to the machine, not to the run, and of the moments' dtype, which
+            they are brought into.
         restore_mode: Is told of the parameters that come with training weights, and of these.
         exact_names: The state entries that keep the precision they were saved in. None: all of them. The others are
             another optimizer's, and become what its own loading makes of them.
@@ -92,7 +93,7 @@ class Loading:
             self.before, self.optimizer.param_groups, self.loaded["param_groups"], strict=True
         ):
             kept = [key for key in own if key not in given and key != "params"]
-            for key in (*kept, self.policy.backend):
+            for key in (*kept, self.policy.backend, self.policy.state_dtype):
                 if key in own:
                     group[key] = own[key]
             for key in TORCH_SWITCHES:

@@ -8,10 +8,13 @@ import torch
 
 from . import _policies as policies
 from ._norm import GlobalNorm, documents_norm
+from ._policies import StateDtype
+from ._state_dtype import documents_state_dtype
 from ._wrapper import Wrapper
 
 
 @documents_norm
+@documents_state_dtype
 class EMA(Wrapper):
     """An average of the weights around another optimizer: a <- a + (1 - d) (theta - a).
 
@@ -39,6 +42,7 @@ class EMA(Wrapper):
         warmup: At the n-th event d = min(decay, (1 + n) / (10 + n)); not with "uniform".
         master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate. Not around an
             optimizer whose step is its own.
+        {state_dtype}
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
         {norm}
 
@@ -65,6 +69,7 @@ class EMA(Wrapper):
         start: int = 0,
         warmup: bool = False,
         master_weights: bool = False,
+        state_dtype: StateDtype = "float32",
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -77,5 +82,6 @@ class EMA(Wrapper):
             start=start,
             warmup=warmup,
             master_weights=master_weights,
+            state_dtype=state_dtype,
             backend=backend,
         )

@@ -15,6 +15,7 @@ from ._hooked import Hooked
 from ._norm import GlobalNorm, documents_norm
 from ._policies import Lookahead
 from ._slow_weights import Interpolating
+from ._state_dtype import documents_state_dtype
 from ._table import Table
 from ._torch import opaque_to_compile
 from ._workers import Workers
@@ -42,6 +43,7 @@ _LOOKAHEAD_ARGUMENTS = """
             buffer.
         outer_nesterov: False leaves Nesterov's form: phi <- phi - alpha b.
         master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate.
+        {state_dtype}
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
         {norm}
         process_group: A torch.distributed group of workers that train apart and meet at the syncs (local SGD; SlowMo,
@@ -57,7 +59,7 @@ _LOOKAHEAD_ARGUMENTS = """
             step stays, and `sync()` makes up for its sync.
 
     Every argument but these three may also be given per parameter group. State, in the dtype of computation (fp32;
-    fp64 for fp64 parameters): `slow_param` beside what torch's class keeps, `cached_momentum` for "pullback",
+    fp64 for fp64 parameters) but for what `state_dtype` says: `slow_param` beside what torch's class keeps, `cached_momentum` for "pullback",
     `outer_momentum_buffer` for `outer_momentum`, `master_param` for `master_weights`, and `step` in fp64. All of it is
     created in a parameter's first step.
 
@@ -74,7 +76,7 @@ def documented(cls: _Class) -> _Class:
     """Lookahead's arguments are the same in every class but for the name of alpha, and stated once."""
     arguments = _LOOKAHEAD_ARGUMENTS.replace(" alpha: ", f" {cls.policy.alpha}: ")
     cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}{arguments}"
-    return documents_norm(cls)
+    return documents_norm(documents_state_dtype(cls))
 
 
 class Fused(Hooked):
@@ -144,7 +146,7 @@ class Fused(Hooked):
         """Loads a checkpoint of this class, or of the torch.optim class whose name it carries.
 
         State keeps the precision it was saved in, and is copied. Slow weights that the checkpoint lacks start in the
-        next step, at what the parameters are then. The choice of backends stays.
+        next step, at what the parameters are then. The choices of backends and of `state_dtype` stay.
 
         Raises:
             RuntimeError: Inside `slow_weights()`.

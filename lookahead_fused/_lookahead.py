@@ -9,7 +9,9 @@ from torch.optim import Optimizer
 
 from . import _policies as policies
 from ._norm import GlobalNorm, documents_norm
+from ._policies import StateDtype
 from ._slow_weights import Interpolating
+from ._state_dtype import documents_state_dtype
 from ._table import Table
 from ._workers import Workers
 from ._wrapper import FIRST_MOMENTS, Wrapper
@@ -21,6 +23,7 @@ Pullback = Literal["none", "pullback", "reset"]
 
 
 @documents_norm
+@documents_state_dtype
 class Lookahead(Wrapper, Interpolating):
     """Lookahead (Zhang, Lucas, Hinton, Ba 2019, algorithm 1) around another optimizer.
 
@@ -50,6 +53,7 @@ class Lookahead(Wrapper, Interpolating):
         outer_nesterov: False leaves Nesterov's form: phi <- phi - alpha b.
         master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate. Not around an
             optimizer whose step is its own.
+        {state_dtype}
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
         {norm}
         process_group: A torch.distributed group of workers that train apart and meet at the syncs (local SGD; SlowMo,
@@ -84,6 +88,7 @@ class Lookahead(Wrapper, Interpolating):
         outer_momentum: float = 0.0,
         outer_nesterov: bool = True,
         master_weights: bool = False,
+        state_dtype: StateDtype = "float32",
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -99,6 +104,7 @@ class Lookahead(Wrapper, Interpolating):
             outer_momentum=outer_momentum,
             outer_nesterov=outer_nesterov,
             master_weights=master_weights,
+            state_dtype=state_dtype,
             backend=backend,
         )
 

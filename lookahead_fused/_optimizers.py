@@ -10,7 +10,8 @@ from torch.optim.optimizer import ParamsT
 from . import _rules as rules
 from ._fused import Betas, Fused, FusedLookahead, Pullback, documented
 from ._norm import GlobalNorm, documents_norm
-from ._policies import Alone, Lookahead
+from ._policies import Alone, Lookahead, StateDtype
+from ._state_dtype import documents_state_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -53,6 +54,7 @@ class LookaheadAdam(FusedLookahead):
         outer_momentum: float = 0.0,
         outer_nesterov: bool = True,
         master_weights: bool = False,
+        state_dtype: StateDtype = "float32",
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -72,6 +74,7 @@ class LookaheadAdam(FusedLookahead):
             "outer_momentum": outer_momentum,
             "outer_nesterov": outer_nesterov,
             "master_weights": master_weights,
+            "state_dtype": state_dtype,
             "backend": backend,
         }
         norm = GlobalNorm(max_grad_norm, skip_nonfinite)
@@ -111,6 +114,7 @@ class LookaheadAdamW(LookaheadAdam):
         outer_momentum: float = 0.0,
         outer_nesterov: bool = True,
         master_weights: bool = False,
+        state_dtype: StateDtype = "float32",
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -133,6 +137,7 @@ class LookaheadAdamW(LookaheadAdam):
             outer_momentum=outer_momentum,
             outer_nesterov=outer_nesterov,
             master_weights=master_weights,
+            state_dtype=state_dtype,
             backend=backend,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
@@ -181,6 +186,7 @@ class LookaheadSGD(FusedLookahead):
         outer_momentum: float = 0.0,
         outer_nesterov: bool = True,
         master_weights: bool = False,
+        state_dtype: StateDtype = "float32",
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -199,6 +205,7 @@ class LookaheadSGD(FusedLookahead):
             "outer_momentum": outer_momentum,
             "outer_nesterov": outer_nesterov,
             "master_weights": master_weights,
+            "state_dtype": state_dtype,
             "backend": backend,
         }
         norm = GlobalNorm(max_grad_norm, skip_nonfinite)
@@ -244,6 +251,7 @@ class LookaheadRMSprop(FusedLookahead):
         outer_momentum: float = 0.0,
         outer_nesterov: bool = True,
         master_weights: bool = False,
+        state_dtype: StateDtype = "float32",
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -263,6 +271,7 @@ class LookaheadRMSprop(FusedLookahead):
             "outer_momentum": outer_momentum,
             "outer_nesterov": outer_nesterov,
             "master_weights": master_weights,
+            "state_dtype": state_dtype,
             "backend": backend,
         }
         norm = GlobalNorm(max_grad_norm, skip_nonfinite)
@@ -305,6 +314,7 @@ class LookaheadRAdam(FusedLookahead):
         outer_momentum: float = 0.0,
         outer_nesterov: bool = True,
         master_weights: bool = False,
+        state_dtype: StateDtype = "float32",
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -323,6 +333,7 @@ class LookaheadRAdam(FusedLookahead):
             "outer_momentum": outer_momentum,
             "outer_nesterov": outer_nesterov,
             "master_weights": master_weights,
+            "state_dtype": state_dtype,
             "backend": backend,
         }
         norm = GlobalNorm(max_grad_norm, skip_nonfinite)
@@ -362,6 +373,7 @@ class LookaheadLion(FusedLookahead):
         outer_momentum: float = 0.0,
         outer_nesterov: bool = True,
         master_weights: bool = False,
+        state_dtype: StateDtype = "float32",
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -378,6 +390,7 @@ class LookaheadLion(FusedLookahead):
             "outer_momentum": outer_momentum,
             "outer_nesterov": outer_nesterov,
             "master_weights": master_weights,
+            "state_dtype": state_dtype,
             "backend": backend,
         }
         norm = GlobalNorm(max_grad_norm, skip_nonfinite)
@@ -385,6 +398,7 @@ class LookaheadLion(FusedLookahead):
 
 
 @documents_norm
+@documents_state_dtype
 class Lion(Fused):
     """Lion (Chen et al. 2023, algorithm 2), which torch has not: c = beta1 m + (1 - beta1) g, theta <- theta -
     lr (sign(c) + weight_decay theta), m <- beta2 m + (1 - beta2) g.
@@ -405,6 +419,7 @@ class Lion(Fused):
             Else the step unscales them itself. Either way it is fused.
         differentiable: Must be False.
         master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate.
+        {state_dtype}
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
         {norm}
 
@@ -433,6 +448,7 @@ class Lion(Fused):
         differentiable: bool = False,
         fused: bool | None = None,
         master_weights: bool = False,
+        state_dtype: StateDtype = "float32",
         backend: str = "auto",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
@@ -443,6 +459,7 @@ class Lion(Fused):
             "weight_decay": weight_decay,
             "maximize": maximize,
             "master_weights": master_weights,
+            "state_dtype": state_dtype,
             "backend": backend,
         }
         norm = GlobalNorm(max_grad_norm, skip_nonfinite)

@@ -83,6 +83,7 @@ class Spec:
     device: torch.device
     param_dtype: torch.dtype
     grad_dtype: torch.dtype
+    moment_dtype: torch.dtype
     # Of parameters whose moments came without a step count (torch's SGD saves none), by id, the count that they got.
     moments_loaded: dict[int, Tensor] = field(default_factory=dict)
     tuning: Tuning = field(default_factory=Tuning)
@@ -149,6 +150,7 @@ class CompiledPart:
             policy=spec.policy.name,
             param_dtype=_name(spec.param_dtype),
             grad_dtype=_name(spec.grad_dtype),
+            state_dtype=_name(spec.moment_dtype),
             entries=self._entries,
             fields=_fields(module, spec.rule, spec.policy, spec.arguments),
             # Neither holds this part or its optimizer: their memory is free as soon as they are deleted, without

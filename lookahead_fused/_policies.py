@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -30,6 +30,8 @@ CACHED, MASTER, START = "cached_momentum", "master_param", "average_start"
 # lie between z and x, as the last step left them.
 NUMBERS = (START, "y_interp", "weight_sum", "lr_max")
 UNIFORM = "uniform"
+DEFAULT_STATE_DTYPE = "float32"
+StateDtype = Literal["float32", "bfloat16"]
 PULLBACK_MODES = ("none", "pullback", "reset")
 
 
@@ -103,6 +105,15 @@ class Policy:
 
     def master_argument(self) -> Argument:
         return Argument(self.master_weights, Switch(), default=False, name="master_weights")
+
+    @property
+    def state_dtype(self) -> str:
+        return self.prefix + "state_dtype"
+
+    def state_argument(self) -> Argument:
+        return Argument(
+            self.state_dtype, one_of(*get_args(StateDtype)), default=DEFAULT_STATE_DTYPE, name="state_dtype"
+        )
 
     def acts_on_moment(self, group: Mapping[str, Any]) -> bool:
         """Whether an event changes the rule's first moment, under a group's settings."""

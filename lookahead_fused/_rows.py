@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._policies import CACHED, MASTER, START, Policy
 from ._rules import Rule
+from ._state_dtype import check_dtype_of, check_state_dtype, moment_dtype
 from ._tensors import (
     check_gradient,
     check_memory,
@@ -54,10 +55,15 @@ class Row:
     master: Tensor | None
     moments_loaded: bool
     made: dict[str, Any]
+    moment_dtype: torch.dtype
 
     @property
     def compute_dtype(self) -> torch.dtype:
         return compute_dtype(self.param.dtype)
+
+    @property
+    def has_narrow_moments(self) -> bool:
+        return self.moment_dtype != self.compute_dtype
 
     @property
     def stretch(self) -> tuple[int, int]:
@@ -74,13 +80,13 @@ class Row:
 
     @property
     def is_uniform(self) -> bool:
-        """Every tensor lies as the parameter does, and moments have the compute dtype: a table may take it."""
+        """Every tensor lies as the parameter does, and moments have their dtype: a table may take it."""
         return (
             not self.is_foreign
             and not self.owner.is_complex()
             and self.step.device == self.param.device
             and all(
-                m.dtype == self.compute_dtype and is_plain(m) and has_layout_of(m, self.param)
+                m.dtype == self.moment_dtype and is_plain(m) and has_layout_of(m, self.param)
                 for m in self.moments.values()
             )
         )
@@ -167,14 +173,14 @@ def _make_row(
 ) -> Row:
     local = local_tensor(owner)
     param = local if is_dense(local) else copy_in_layout(local, local, local.dtype)
-    dtype = compute_dtype(param.dtype)
+    dtype, of_moments = compute_dtype(param.dtype), moment_dtype(group, policy, param.dtype)
     own = _State(owner, param, state)
 
     step = own.counter(rule.step_name)
     moments = {}
     for moment, used in zip(rule.moments, rule.moments_in_use(group), strict=True):
         if used and rule.reads_gradient:
-            moments[moment] = own.tensor(moment, dtype, None)
+            moments[moment] = own.tensor(moment, of_moments, None)
         elif used and isinstance(state.get(moment), Tensor):
             moments[moment] = local_tensor(state[moment])
     master = None
@@ -191,7 +197,7 @@ def _make_row(
     cached_moment = None
     first = moments.get(rule.moments[0])
     if first is not None and policy.caches_moment(group):
-        cached_moment = own.tensor(CACHED, dtype, first, restarts)
+        cached_moment = own.tensor(CACHED, of_moments, first, restarts)
     gradient = owner.grad if rule.reads_gradient else None
     if gradient is not None:
         gradient = local_gradient(gradient, owner)
@@ -212,6 +218,7 @@ def _make_row(
         master,
         moments_loaded,
         own.made,
+        of_moments,
     )
 
 
@@ -297,6 +304,8 @@ def check_row(
     """Raises TypeError or ValueError for a parameter that a pass cannot advance; nothing has changed then."""
     check_parameter(owner, name, takes_complex=not rule.reads_gradient)
     policy.check_dtype(name, owner.dtype, bool(group.get(policy.master_weights)))
+    check_state_dtype(group, rule, policy)
+    check_dtype_of(name, owner.dtype, group, policy)
     check_state(owner, state, rule, policy, group, name, read)
     if rule.reads_gradient and owner.grad is not None:
         check_gradient(owner.grad, owner, name)

@@ -21,7 +21,8 @@ class Rule:
 
     The first of `moments` is the one that a policy acts on; `moments_in_use` tells which of them a group has. `check`
     raises for arguments that do not go together. Without `first_moment_needs`, an argument, there is no first moment,
-    and an optimizer whose policy is to act on it is refused.
+    and an optimizer whose policy is to act on it is refused. With `subtracts_moments_with`, another one, a difference
+    of moments is what it works with.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Rule:
     moments_in_use: Callable[[Group], tuple[bool, ...]]
     check: Callable[[Group], None] = lambda group: None
     first_moment_needs: str = ""
+    subtracts_moments_with: str = ""
     step_name: str = "step"
     reads_gradient: bool = True
 
@@ -107,6 +109,7 @@ RMSPROP = Rule(
     # A momentum below zero, which a scheduler may leave, has the buffer rest.
     moments_in_use=lambda group: (group["momentum"] != 0, True, bool(group["centered"])),
     first_moment_needs="momentum",
+    subtracts_moments_with="centered",
 )
 
 RADAM = Rule(

@@ -31,6 +31,7 @@ from ._rows import (
     read_in_a_sync,
 )
 from ._rules import Rule
+from ._state_dtype import check_dtype_of, check_state_dtype
 from ._tensors import check_memory, local_tensor
 from ._torch import Gradless, dispatch_mode_is_on, is_plain
 from .backends import backend_argument, choose
@@ -52,7 +53,7 @@ class Table:
         self.rule = rule
         self.policy = policy
         self.tuning = tuning or Tuning()
-        general = policy.master_argument(), backend_argument(policy.backend)
+        general = policy.master_argument(), policy.state_argument(), backend_argument(policy.backend)
         self.arguments = (*rule.arguments, *policy.arguments, *general)
         self._parts: dict[tuple[Any, ...], Part] = {}
         self._watch: Any = None
@@ -78,9 +79,11 @@ class Table:
         self.rule.check(group)
         self.policy.check(group)
         self.check_master(group, self.policy.master_weights)
+        check_state_dtype(group, self.rule, self.policy)
         for param in group.get("params", ()):
             if isinstance(param, Tensor):
                 self.policy.check_dtype("a parameter", param.dtype, bool(group.get(self.policy.master_weights)))
+                check_dtype_of("a parameter", param.dtype, group, self.policy)
         needs = self.rule.first_moment_needs
         if needs and self.policy.acts_on_moment(group) and not self.rule.moments_in_use(group)[0]:
             raise self.policy.no_first_moment(group, f"{needs}={group[needs]!r}")
@@ -378,9 +381,9 @@ class Table:
     def _part_for(self, parts: dict[tuple[Any, ...], Part], backend: ModuleType, row: Row, layer: int) -> Part:
         # A row that has slow weights and no gradient yet takes part in syncs.
         grad = row.param.dtype if row.gradient is None else row.gradient.dtype
-        key = (layer, backend.NAME, row.param.device, row.param.dtype, grad)
+        pattern = row.param.device, row.param.dtype, grad, row.moment_dtype
+        key = (layer, backend.NAME, *pattern)
         if key not in parts:
-            pattern = row.param.device, row.param.dtype, grad
             shared = self._moments_loaded, self.tuning, self._rehearsed
             spec = Spec(self.rule, self.policy, self.arguments, *pattern, *shared)
             parts[key] = backend.part(spec)

@@ -18,9 +18,10 @@ from ._interrupts import uninterrupted
 from ._norm import GlobalNorm
 from ._norm_around import NormAround, clipped
 from ._optimizers import Lion
-from ._policies import CACHED, Policy
+from ._policies import CACHED, DEFAULT_STATE_DTYPE, Policy
 from ._rows import start_cached, start_slow
 from ._slow_weights import SlowWeights
+from ._state_dtype import check_state_dtype
 from ._table import Table
 from ._tensors import local_tensor
 from ._torch import call_with_hooks, keeps_its_state_elsewhere, opaque_to_compile
@@ -67,6 +68,7 @@ class Wrapper(SlowWeights):
         check_passed(table.arguments, own)
         self.policy.check(own, **{name: name for name in settings})
         table.check_master(own, "master_weights")
+        check_state_dtype(own, table.rule, self.policy, "state_dtype")
         for group in base_optimizer.param_groups:
             table.check_group({**own, **group})
             self._check_group(group, base_optimizer.defaults)
@@ -389,10 +391,17 @@ def _check_base(base: object) -> None:
             "base_optimizer must keep its own state, and ZeroRedundancyOptimizer keeps it in another one; "
             "use ZeroRedundancyOptimizer(params, optimizer_class=LookaheadAdamW, ...)"
         )
-    if type(base) is Lion and any(group.get("master_weights") for group in base.param_groups):
-        raise ValueError(
-            "base_optimizer must have master_weights=False, got True: give master_weights=True to its wrapper, which "
-            "makes the step"
-        )
+    if type(base) is Lion:
+        if any(group.get("master_weights") for group in base.param_groups):
+            raise ValueError(
+                "base_optimizer must have master_weights=False, got True: give master_weights=True to its wrapper, "
+                "which makes the step"
+            )
+        for group in base.param_groups:
+            if (asked := group.get("state_dtype", DEFAULT_STATE_DTYPE)) != DEFAULT_STATE_DTYPE:
+                raise ValueError(
+                    f"base_optimizer must have state_dtype={DEFAULT_STATE_DTYPE!r}, got {asked!r}: give "
+                    f"state_dtype={asked!r} to its wrapper, which makes the step"
+                )
     if any(group.get("differentiable") for group in base.param_groups):
         raise ValueError("base_optimizer must not be differentiable: a fused step cannot be differentiated through")

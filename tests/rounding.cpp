@@ -15,22 +15,21 @@ namespace {
 constexpr int N = 8;
 typedef uint32_t Vector __attribute__((vector_size(N * sizeof(uint32_t))));
 
-template <int MOMENT, class Word>
-Word rounded(Word bits, Word place) {
-    return rounded_without_bias(bits, random_half<MOMENT>(random_bits<MOMENT / 2>(place)));
+template <class Word>
+Word rounded(Word bits, Word place, int moment) {
+    return rounded_without_bias(bits, random_half(mixed(place), moment));
 }
 
-template <int MOMENT>
-int run(uint32_t key) {
+int run(uint32_t key, int moment) {
     uint32_t words[N];
     uint32_t place = key;
     for (size_t count; (count = std::fread(words, sizeof(uint32_t), N, stdin)) > 0; place += N) {
         Vector bits{}, places{};
         std::memcpy(&bits, words, count * sizeof(uint32_t));
         for (int i = 0; i < N; ++i) places[i] = place + i;
-        const Vector many = rounded<MOMENT>(bits, places);
+        const Vector many = rounded(bits, places, moment);
         for (size_t i = 0; i < count; ++i) {
-            const uint32_t one = rounded<MOMENT>(words[i], place + static_cast<uint32_t>(i));
+            const uint32_t one = rounded(words[i], place + static_cast<uint32_t>(i), moment);
             if (one != many[i]) return 2;
             const auto half = static_cast<uint16_t>(one);
             std::fwrite(&half, sizeof(half), 1, stdout);
@@ -44,13 +43,5 @@ int run(uint32_t key) {
 int main(int argc, char** argv) {
     if (argc != 4) return 1;
     const uint32_t key = rounding_key(std::atoll(argv[1]), std::atoi(argv[2]) != 0);
-    switch (std::atoi(argv[3])) {
-        case 0:
-            return run<0>(key);
-        case 1:
-            return run<1>(key);
-        case 2:
-            return run<2>(key);
-    }
-    return 1;
+    return run(key, std::atoi(argv[3]));
 }

@@ -20,12 +20,12 @@ struct Kernel {
 };
 
 // Null where there is no such walk.
-using FindKernel = const Kernel* (*)(const char* rule, Dtype param, Dtype grad);
+using FindKernel = const Kernel* (*)(const char* rule, Dtype param, Dtype grad, Dtype state);
 
-const Kernel* find_baseline(const char* rule, Dtype param, Dtype grad);
+const Kernel* find_baseline(const char* rule, Dtype param, Dtype grad, Dtype state);
 #if LOOKAHEAD_FUSED_X86
-const Kernel* find_avx2(const char* rule, Dtype param, Dtype grad);
-const Kernel* find_avx512(const char* rule, Dtype param, Dtype grad);
+const Kernel* find_avx2(const char* rule, Dtype param, Dtype grad, Dtype state);
+const Kernel* find_avx512(const char* rule, Dtype param, Dtype grad, Dtype state);
 #endif
 
 // The sum of the squares of up to NORM_BLOCK elements from `offset` on, in the order that table/norm.h states.

@@ -45,8 +45,9 @@ std::vector<std::string> instruction_sets() {
     return names;
 }
 
-const Kernel* find_kernel(const std::string& instruction_set, const std::string& rule, Dtype param, Dtype grad) {
-    return set_named(instruction_set).find(rule.c_str(), param, grad);
+const Kernel* find_kernel(const std::string& instruction_set, const std::string& rule, Dtype param, Dtype grad,
+                          Dtype state) {
+    return set_named(instruction_set).find(rule.c_str(), param, grad, state);
 }
 
 SquaresOfBlock find_squares(const std::string& instruction_set, Dtype grad) {

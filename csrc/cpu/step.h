@@ -14,7 +14,8 @@ namespace lookahead_fused {
 std::vector<std::string> instruction_sets();
 
 // Null where there is no such walk.
-const Kernel* find_kernel(const std::string& instruction_set, const std::string& rule, Dtype param, Dtype grad);
+const Kernel* find_kernel(const std::string& instruction_set, const std::string& rule, Dtype param, Dtype grad,
+                          Dtype state);
 
 // Throws as find_kernel does.
 SquaresOfBlock find_squares(const std::string& instruction_set, Dtype grad);

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "../rules/numeric.h"
+#include "../state/bfloat16.h"
 #include "../table/dtypes.h"
 
 #if defined(__SSE2__)
@@ -89,6 +90,10 @@ struct Convert {
         const Word is_nan = (Word)((bits & 0x7fffffffu) > 0x7f800000u);
         // The NaN that NVIDIA's conversion gives.
         return __builtin_convertvector((is_nan & 0x7fffu) | (~is_nan & rounded), Half);
+    }
+
+    static LF_HD Half narrow_without_bias(Float value, Word random) {
+        return __builtin_convertvector(rounded_without_bias(bit_cast<Word>(value.native), random), Half);
     }
 
     static LF_HD Float widen_float16(Half bits) {
@@ -182,6 +187,30 @@ struct Memory<float, N, Float16> {
     }
     static LF_HD void store(Float16* to, Vec<float, N> value) {
         const auto bits = Convert<N>::narrow_float16(value);
+        std::memcpy(to, &bits, sizeof(bits));
+    }
+};
+
+// How N elements of a row's moments go to memory, where they are of type S: `first` is the place of the first element,
+// with the row's key.
+template <class T, int N, class S>
+struct MomentMemory {
+    explicit LF_HD MomentMemory(uint32_t) {}
+    LF_HD void store(S* to, Vec<T, N> value, int) const { Memory<T, N, S>::store(to, value); }
+};
+
+template <int N>
+struct MomentMemory<float, N, BFloat16> {
+    typename Convert<N>::Word random;
+
+    explicit LF_HD MomentMemory(uint32_t first) {
+        typename Convert<N>::Word place;
+        // Lane by lane with `first` in it, GCC would go through memory.
+        for (int i = 0; i < N; ++i) place[i] = i;
+        random = mixed(place + first);
+    }
+    LF_HD void store(BFloat16* to, Vec<float, N> value, int moment) const {
+        const auto bits = Convert<N>::narrow_without_bias(value, random_half(random, moment));
         std::memcpy(to, &bits, sizeof(bits));
     }
 };

@@ -16,8 +16,8 @@
 namespace lookahead_fused {
 inline namespace LF_ISA {
 
-// P is the parameter's type in memory, G the gradient's.
-template <class Rule, class P, class G>
+// P is the parameter's type in memory, G the gradient's, S the moments'.
+template <class Rule, class P, class G, class S>
 struct Walk {
     using T = Compute<P>;
     static constexpr int N = LF_REGISTER_BYTES / sizeof(T);
@@ -30,18 +30,27 @@ struct Walk {
     struct Arrays {
         P* param;
         const G* grad;
-        StateArrays<Rule, T> state;
+        T* master;
+        StateArrays<Rule, T, S> state;
+        uint32_t place;  // of its first element in the row, with the row's key for rounding
     };
+
+    template <class M>
+    static LF_HD M* part(void* column, int64_t offset) {
+        return column == nullptr ? nullptr : static_cast<M*>(column) + offset;
+    }
 
     static LF_HD Arrays arrays(const Step& step, const Row& row, int64_t offset) {
         Arrays at;
         at.param = static_cast<P*>(row.column[PARAM]) + offset;
         at.grad = Rule::reads_gradient ? static_cast<const G*>(row.column[GRAD]) + offset : nullptr;
-        for (int i = STATE; i < STATE_END<Rule>; ++i) {
-            T* const base = static_cast<T*>(row.column[i]);
-            at.state[i] = base == nullptr ? nullptr : base + offset;
-        }
-        if (!Rule::reads_gradient && !step.slow.acts_on_moment) at.state[MOMENT] = nullptr;
+        at.master = part<T>(row.column[MASTER], offset);
+        at.state.slow = part<T>(row.column[SLOW], offset);
+        at.state.companion = part<T>(row.column[COMPANION], offset);
+        at.state.cached = part<S>(row.column[CACHED_MOMENT], offset);
+        for (int m = 0; m < Rule::MOMENTS; ++m) at.state.moment[m] = part<S>(row.column[MOMENT + m], offset);
+        if (!Rule::reads_gradient && !step.slow.acts_on_moment) at.state.moment[0] = nullptr;
+        at.place = static_cast<uint32_t>(offset) + step.rounding;
         return at;
     }
 
@@ -55,17 +64,18 @@ struct Walk {
         const auto store = [i](auto* to, V value) {
             Memory<T, WIDTH, std::decay_t<decltype(*to)>>::store(to + i, value);
         };
-        V p = at.state[MASTER] != nullptr ? load(at.state[MASTER]) : load(at.param);
+        const StateArrays<Rule, T, S>& state = at.state;
+        V p = at.master != nullptr ? load(at.master) : load(at.param);
         V moment[Rule::MOMENTS] = {};
         for (int m = 0; m < Rule::MOMENTS; ++m) {
-            if (at.state[MOMENT + m] != nullptr) moment[m] = load(at.state[MOMENT + m]);
+            if (state.moment[m] != nullptr) moment[m] = load(state.moment[m]);
         }
         V start = p, x{};
         if (step.slow.kind == AVERAGING) {
             // Of another optimizer's step z is where theta was put for it, and x is kept.
-            if (at.state[COMPANION] != nullptr) x = load(at.state[COMPANION]);
+            if (state.companion != nullptr) x = load(state.companion);
             if constexpr (Rule::reads_gradient) {
-                const V z = step.slow.capture ? p : load(at.state[SLOW]);
+                const V z = step.slow.capture ? p : load(state.slow);
                 x = step.slow.average(p, z);
                 p = z;
             }
@@ -73,33 +83,35 @@ struct Walk {
         V g{};
         if constexpr (Rule::reads_gradient) g = load(at.grad);
         Rule::update(step.rule, p, g, moment);
+        const MomentMemory<T, WIDTH, S> moments(at.place + static_cast<uint32_t>(i));
         if (step.slow.kind == AVERAGING) {
-            store(at.state[SLOW], p);
+            store(state.slow, p);
             const V z = p;
             step.slow.averaged(p, z, x);
-            if (at.state[COMPANION] != nullptr) store(at.state[COMPANION], x);
+            if (state.companion != nullptr) store(state.companion, x);
         } else if (step.slow.due || step.slow.capture) {
-            V slow = step.slow.capture ? start : load(at.state[SLOW]);
+            V slow = step.slow.capture ? start : load(state.slow);
             if (step.slow.due) {
                 V outer{};
-                if (at.state[COMPANION] != nullptr) outer = load(at.state[COMPANION]);
+                if (state.companion != nullptr) outer = load(state.companion);
                 step.slow.weights(p, slow, outer);
-                if (at.state[COMPANION] != nullptr) store(at.state[COMPANION], outer);
-                if (at.state[MOMENT] != nullptr) {
+                if (state.companion != nullptr) store(state.companion, outer);
+                if (state.moment[0] != nullptr) {
                     V cached{};
-                    if (at.state[CACHED_MOMENT] != nullptr) cached = load(at.state[CACHED_MOMENT]);
+                    if (state.cached != nullptr) cached = load(state.cached);
                     step.slow.moment(moment[0], cached);
-                    if (at.state[CACHED_MOMENT] != nullptr) store(at.state[CACHED_MOMENT], cached);
+                    // By the first moment's draw: the two are equal.
+                    if (state.cached != nullptr) moments.store(state.cached + i, cached, 0);
                 }
             }
-            store(at.state[SLOW], slow);
+            store(state.slow, slow);
         }
         for (int m = 0; m < Rule::MOMENTS; ++m) {
-            if (at.state[MOMENT + m] != nullptr) store(at.state[MOMENT + m], moment[m]);
+            if (state.moment[m] != nullptr) moments.store(state.moment[m] + i, moment[m], m);
         }
         // What is not computed here and not changed here stays as it is, also where it was rounded.
         if (!Rule::reads_gradient && !step.slow.restarts) return;
-        if (at.state[MASTER] != nullptr) store(at.state[MASTER], p);
+        if (at.master != nullptr) store(at.master, p);
         store(at.param, p);
     }
 
@@ -107,10 +119,14 @@ struct Walk {
     static LF_HD void prefetch(const Step& step, const Arrays& at, int64_t i) {
         __builtin_prefetch(at.param + i, 1);
         if constexpr (Rule::reads_gradient) __builtin_prefetch(at.grad + i, 0);
-        for (int column = STATE; column < STATE_END<Rule>; ++column) {
-            const bool moved = step.slow.due || column < SLOW || column >= MOMENT;
-            if (at.state[column] != nullptr && moved) __builtin_prefetch(at.state[column] + i, 1);
+        if (at.master != nullptr) __builtin_prefetch(at.master + i, 1);
+        for (int m = 0; m < Rule::MOMENTS; ++m) {
+            if (at.state.moment[m] != nullptr) __builtin_prefetch(at.state.moment[m] + i, 1);
         }
+        if (!step.slow.due) return;
+        if (at.state.slow != nullptr) __builtin_prefetch(at.state.slow + i, 1);
+        if (at.state.companion != nullptr) __builtin_prefetch(at.state.companion + i, 1);
+        if (at.state.cached != nullptr) __builtin_prefetch(at.state.cached + i, 1);
     }
 
     // Where rows are small, the processor's own prefetchers have nothing to go by. Inline, or GCC drops the call: a
@@ -183,14 +199,14 @@ struct Walk {
     static constexpr Kernel kernel{&rows, &chunks, sizeof(Step)};
 };
 
-inline const Kernel* find(const char* rule, Dtype param, Dtype grad) {
+inline const Kernel* find(const char* rule, Dtype param, Dtype grad, Dtype state) {
     const Kernel* found = nullptr;
     Rules::any([&](auto r) {
         using Rule = decltype(r);
         if (std::strcmp(rule, Rule::name) != 0) return false;
-        return with_walk<Rule>(param, grad, [&](auto pattern) {
+        return with_walk<Rule>(param, grad, state, [&](auto pattern) {
             using Pattern = decltype(pattern);
-            found = &Walk<Rule, typename Pattern::Param, typename Pattern::Grad>::kernel;
+            found = &Walk<Rule, typename Pattern::Param, typename Pattern::Grad, typename Pattern::State>::kernel;
         });
     });
     return found;

@@ -4,6 +4,8 @@
 #include "walk.h"
 
 namespace lookahead_fused {
-const Kernel* find_avx2(const char* rule, Dtype param, Dtype grad) { return avx2::find(rule, param, grad); }
+const Kernel* find_avx2(const char* rule, Dtype param, Dtype grad, Dtype state) {
+    return avx2::find(rule, param, grad, state);
+}
 SquaresOfBlock squares_avx2(Dtype grad) { return avx2::squares_of(grad); }
 }  // namespace lookahead_fused

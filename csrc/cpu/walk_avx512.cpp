@@ -4,6 +4,8 @@
 #include "walk.h"
 
 namespace lookahead_fused {
-const Kernel* find_avx512(const char* rule, Dtype param, Dtype grad) { return avx512::find(rule, param, grad); }
+const Kernel* find_avx512(const char* rule, Dtype param, Dtype grad, Dtype state) {
+    return avx512::find(rule, param, grad, state);
+}
 SquaresOfBlock squares_avx512(Dtype grad) { return avx512::squares_of(grad); }
 }  // namespace lookahead_fused

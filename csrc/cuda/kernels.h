@@ -27,7 +27,8 @@ constexpr int ROW_THREADS = 128;    // one for each row
 constexpr int CHUNK_THREADS = 256;  // a block for each chunk
 
 struct Kernel {
-    const char *rule, *param, *grad;  // by their names, for errors; grad is null where it is as param
+    // By their names, for errors; grad is null where it is as param, state where it is what is computed in.
+    const char *rule, *param, *grad, *state;
     size_t step_bytes;
     bool reads_gradient;
     // Advances the step counter of every row that takes part and writes the coefficients of its update.
@@ -41,6 +42,6 @@ struct Kernel {
 // Defined for each rule in a file of its own (walk.cu.in), and for the parameters that are computed in fp64 apart from
 // the others. Null where there is no such walk.
 template <class Rule, bool FP64>
-const Kernel* find_walk(Dtype param, Dtype grad);
+const Kernel* find_walk(Dtype param, Dtype grad, Dtype state);
 
 }  // namespace lookahead_fused

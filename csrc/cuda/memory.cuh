@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "../rules/numeric.h"
+#include "../state/bfloat16.h"
 #include "../table/dtypes.h"
 #include "runtime.h"
 
@@ -57,6 +58,12 @@ __device__ __forceinline__ float widen(BFloat16 value) {
 // Rounded to the nearest, ties to even; the bits are the CPU's, NaN included.
 __device__ __forceinline__ void narrow(float value, BFloat16& to) { to.bits = float_to_bfloat16_bits(value); }
 
+__device__ __forceinline__ void narrow_without_bias(float value, uint32_t random, BFloat16& to) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    to.bits = static_cast<uint16_t>(rounded_without_bias(bits, random));
+}
+
 __device__ __forceinline__ float widen(Float16 value) { return half_bits_to_float(value.bits); }
 
 __device__ __forceinline__ void narrow(float value, Float16& to) {
@@ -67,6 +74,8 @@ __device__ __forceinline__ void narrow(float value, Float16& to) {
     const uint32_t nan = ((bits >> 16) & 0x8000u) | 0x7e00u | ((bits >> 13) & 0x03ffu);
     to.bits = is_nan ? static_cast<uint16_t>(nan) : float_to_half_bits(value);
 }
+
+__device__ __forceinline__ void narrow(float value, float& to) { to = value; }
 
 __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ double widen(double value) { return value; }

@@ -16,10 +16,13 @@ std::string copied(size_t bytes, const char* what) {
     return "cudaMemcpyAsync of " + std::to_string(bytes) + " bytes (" + what + ") to the device";
 }
 
-// "adam of bfloat16 with float32 gradients"
+// "adam of bfloat16 with float32 gradients and bfloat16 moments"
 std::string name_of(const Kernel& kernel) {
-    const std::string name = std::string(kernel.rule) + " of " + kernel.param;
-    return kernel.grad == nullptr ? name : name + " with " + kernel.grad + " gradients";
+    std::string name = std::string(kernel.rule) + " of " + kernel.param;
+    if (kernel.grad != nullptr) name = name + " with " + kernel.grad + " gradients";
+    if (kernel.state != nullptr)
+        name = name + (kernel.grad != nullptr ? " and " : " with ") + kernel.state + " moments";
+    return name;
 }
 
 // The graph that the stream is being captured into, or null.
@@ -40,12 +43,13 @@ void load(const Kernel& kernel, int device) {
 
 }  // namespace
 
-const Kernel* find_kernel(const std::string& rule, Dtype param, Dtype grad) {
+const Kernel* find_kernel(const std::string& rule, Dtype param, Dtype grad, Dtype state) {
     const Kernel* found = nullptr;
     Rules::any([&](auto of) {
         using Rule = decltype(of);
         if (rule != Rule::name) return false;
-        found = param == Dtype::FLOAT64 ? find_walk<Rule, true>(param, grad) : find_walk<Rule, false>(param, grad);
+        found = param == Dtype::FLOAT64 ? find_walk<Rule, true>(param, grad, state)
+                                        : find_walk<Rule, false>(param, grad, state);
         return true;
     });
     return found;

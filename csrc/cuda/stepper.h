@@ -19,7 +19,7 @@
 namespace lookahead_fused {
 
 // Null where there is no such walk.
-const Kernel* find_kernel(const std::string& rule, Dtype param, Dtype grad);
+const Kernel* find_kernel(const std::string& rule, Dtype param, Dtype grad, Dtype state);
 
 // What a table's passes are made with.
 struct Kernels {

@@ -16,16 +16,20 @@
 namespace lookahead_fused {
 inline namespace LF_ISA {
 
-// P is the parameter's type in memory, G the gradient's.
-template <class Rule, class P, class G>
+// P is the parameter's type in memory, G the gradient's, S the moments'.
+template <class Rule, class P, class G, class S>
 struct Walk {
     using T = Compute<P>;
     using Step = RowStep<Rule, T>;
     static constexpr int MOMENTS = Rule::MOMENTS;
 
+    // Moments are kept in fewer bits than they are computed in, and rounded without bias.
+    static constexpr bool NARROW_STATE = sizeof(S) < sizeof(T);
+
     // What a thread takes at a time: 16 bytes of the parameter. Not of fp64 parameters with fp32 gradients, a rare pair
-    // whose conversions would not fit the registers: 8 bytes.
-    static constexpr int VECTOR = sizeof(G) < sizeof(P) ? 1 : 16 / sizeof(P);
+    // whose conversions would not fit the registers: 8 bytes. Nor beside narrow moments, whose rounding takes registers
+    // too: as many elements as 16 bytes hold of what is computed in.
+    static constexpr int VECTOR = sizeof(G) < sizeof(P) ? 1 : 16 / (NARROW_STATE ? sizeof(T) : sizeof(P));
 
     // How many elements have to be there for a thread to take that many: those of a warp where its lanes trade.
     static constexpr int WHOLE = VECTOR * sizeof(T) > 16 ? 32 * VECTOR : VECTOR;
@@ -37,7 +41,9 @@ struct Walk {
     struct Arrays {
         P* param;
         const G* grad;
-        StateArrays<Rule, T> state;
+        T* master;
+        StateArrays<Rule, T, S> state;
+        uint32_t place;  // of its first element in the row, with the row's key for rounding
     };
 
     template <class M>
@@ -49,15 +55,21 @@ struct Walk {
         Arrays at;
         at.param = part<P>(row.column[PARAM], offset);
         at.grad = Rule::reads_gradient ? part<G>(gradient, offset) : nullptr;
-        for (int i = STATE; i < STATE_END<Rule>; ++i) at.state[i] = part<T>(row.column[i], offset);
-        if (!Rule::reads_gradient && !step.slow.acts_on_moment) at.state[MOMENT] = nullptr;
+        at.master = part<T>(row.column[MASTER], offset);
+        at.state.slow = part<T>(row.column[SLOW], offset);
+        at.state.companion = part<T>(row.column[COMPANION], offset);
+        at.state.cached = part<S>(row.column[CACHED_MOMENT], offset);
+        for (int m = 0; m < MOMENTS; ++m) at.state.moment[m] = part<S>(row.column[MOMENT + m], offset);
+        if (!Rule::reads_gradient && !step.slow.acts_on_moment) at.state.moment[0] = nullptr;
+        at.place = static_cast<uint32_t>(offset) + step.rounding;
         return at;
     }
 
     static __device__ bool aligned(const Arrays& at) {
         const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
-        uintptr_t all = address(at.param) | address(at.grad);
-        for (int i = STATE; i < STATE_END<Rule>; ++i) all |= address(at.state[i]);
+        uintptr_t all = address(at.param) | address(at.grad) | address(at.master) | address(at.state.slow);
+        all |= address(at.state.companion) | address(at.state.cached);
+        for (int m = 0; m < MOMENTS; ++m) all |= address(at.state.moment[m]);
         return all % 16 == 0;
     }
 
@@ -67,7 +79,9 @@ struct Walk {
     // The N elements from i on. Every condition on the way is the same for all threads of a block.
     template <int N>
     static __device__ __forceinline__ void elements(const Step& step, const Arrays& at, int i) {
-        if constexpr (!NARROW) {
+        if constexpr (NARROW_STATE) {
+            rounded_elements<N>(step, at, i);
+        } else if constexpr (!NARROW) {
             // The gradient before the parameter: the other way round, fp64 Adam's registers spill on sm_120.
             Pack<G, N> grad{};
             if constexpr (Rule::reads_gradient) load<Reuse::NEXT_STEP>(grad, at.grad + i);
@@ -96,7 +110,7 @@ struct Walk {
         const int first = TRADED && threadIdx.x % 2 != 0 ? i - UNIT : i;
         constexpr bool NARROW_GRAD = sizeof(G) < sizeof(T);
 
-        T* const master = at.state[MASTER];
+        T* const master = at.master;
         Pack<P, N> param{};
         Pack<G, NARROW_GRAD ? N : UNIT> grad{};
         Pack<T, UNIT> p{}, moment[MOMENTS] = {};
@@ -132,19 +146,25 @@ struct Walk {
     }
 
     template <int N>
-    static __device__ __forceinline__ void load_moments(const Arrays& at, int i, Pack<T, N> (&moment)[MOMENTS]) {
+    static __device__ __forceinline__ void load_moments(const Arrays& at, int i, Pack<S, N> (&moment)[MOMENTS]) {
 #pragma unroll
         for (int m = 0; m < MOMENTS; ++m) {
-            if (at.state[MOMENT + m] != nullptr) load<Reuse::NEXT_STEP>(moment[m], at.state[MOMENT + m] + i);
+            if (at.state.moment[m] != nullptr) load<Reuse::NEXT_STEP>(moment[m], at.state.moment[m] + i);
+        }
+    }
+
+    template <int N>
+    static __device__ __forceinline__ void store_moments(const Arrays& at, int i, const Pack<S, N> (&moment)[MOMENTS]) {
+#pragma unroll
+        for (int m = 0; m < MOMENTS; ++m) {
+            if (at.state.moment[m] != nullptr) store<Reuse::NEXT_STEP>(at.state.moment[m] + i, moment[m]);
         }
     }
 
     template <int N>
     static __device__ __forceinline__ void unit(const Step& step, const Arrays& at, int i, Pack<T, N>& p,
                                                 const Pack<T, N>& g, Pack<T, N> (&moment)[MOMENTS]) {
-        // In a first step that has an event too (k = 1), phi is read back from here: kept in registers, it would take
-        // them from every step.
-        if (step.slow.capture) store<Reuse::NEXT_STEP>(at.state[SLOW] + i, p);
+        capture(step, at, i, p);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
             T own[MOMENTS];
@@ -153,33 +173,86 @@ struct Walk {
             for (int m = 0; m < MOMENTS; ++m) moment[m].element[j] = own[m];
         }
         // What becomes of the moments before what becomes of the weights: for both at once there are no registers.
-        if (step.slow.due && at.state[MOMENT] != nullptr) {
-            T* const cache = at.state[CACHED_MOMENT];
+        if (step.slow.due && at.state.moment[0] != nullptr) {
+            T* const cache = at.state.cached;
             Pack<T, N> cached{};
             if (cache != nullptr) load<Reuse::NEXT_STEP>(cached, cache + i);
             for (int j = 0; j < N; ++j) step.slow.moment(moment[0].element[j], cached.element[j]);
             if (cache != nullptr) store<Reuse::NEXT_STEP>(cache + i, cached);
         }
+        store_moments(at, i, moment);
+        if (step.slow.due) event_of_weights(step, at, i, p);
+    }
+
+    template <int N>
+    static __device__ __forceinline__ void capture(const Step& step, const Arrays& at, int i, const Pack<T, N>& p) {
+        // In a first step that has an event too (k = 1), phi is read back from here: kept in registers, it would take
+        // them from every step.
+        if (step.slow.capture) store<Reuse::NEXT_STEP>(at.state.slow + i, p);
+    }
+
+    template <int N>
+    static __device__ __forceinline__ void event_of_weights(const Step& step, const Arrays& at, int i, Pack<T, N>& p) {
+        Pack<T, N> slow;
+        load<Reuse::NEXT_STEP>(slow, at.state.slow + i);
+        T* const momentum = at.state.companion;
+        Pack<T, N> outer{};
+        if (momentum != nullptr) load<Reuse::NEXT_STEP>(outer, momentum + i);
+        for (int j = 0; j < N; ++j) step.slow.weights(p.element[j], slow.element[j], outer.element[j]);
+        if (momentum != nullptr) store<Reuse::NEXT_STEP>(momentum + i, outer);
+        store<Reuse::NEXT_STEP>(at.state.slow + i, slow);
+    }
+
+    // The N elements from i on of a row with narrow moments.
+    template <int N>
+    static __device__ __forceinline__ void rounded_elements(const Step& step, const Arrays& at, int i) {
+        Pack<G, N> grad{};
+        if constexpr (Rule::reads_gradient) load<Reuse::NEXT_STEP>(grad, at.grad + i);
+        Pack<P, N> param{};
+        Pack<T, N> p{};
+        const bool has_master = NARROW && at.master != nullptr;
+        if (has_master) load<Reuse::NEXT_STEP>(p, at.master + i);
+        if (!has_master) load<Reuse::SOON>(param, at.param + i);
+        Pack<S, N> moment[MOMENTS] = {}, cached{};
+        load_moments(at, i, moment);
+        const bool event_of_moment = step.slow.due && at.state.moment[0] != nullptr;
+        const bool has_cached = event_of_moment && at.state.cached != nullptr;
+        if (has_cached) load<Reuse::NEXT_STEP>(cached, at.state.cached + i);
+        if (!has_master) {
+            for (int j = 0; j < N; ++j) p.element[j] = widen(param.element[j]);
+        }
+        capture(step, at, i, p);
 #pragma unroll
-        for (int m = 0; m < MOMENTS; ++m) {
-            if (at.state[MOMENT + m] != nullptr) store<Reuse::NEXT_STEP>(at.state[MOMENT + m] + i, moment[m]);
+        for (int j = 0; j < N; ++j) {
+            T own[MOMENTS], before = widen(cached.element[j]);
+            for (int m = 0; m < MOMENTS; ++m) own[m] = widen(moment[m].element[j]);
+            Rule::update(step.rule, p.element[j], static_cast<T>(widen(grad.element[j])), own);
+            if (event_of_moment) step.slow.moment(own[0], before);
+            narrow_moments(at, i, j, own, moment);
         }
-        if (step.slow.due) {
-            Pack<T, N> slow;
-            load<Reuse::NEXT_STEP>(slow, at.state[SLOW] + i);
-            T* const momentum = at.state[COMPANION];
-            Pack<T, N> outer{};
-            if (momentum != nullptr) load<Reuse::NEXT_STEP>(outer, momentum + i);
-            for (int j = 0; j < N; ++j) step.slow.weights(p.element[j], slow.element[j], outer.element[j]);
-            if (momentum != nullptr) store<Reuse::NEXT_STEP>(momentum + i, outer);
-            store<Reuse::NEXT_STEP>(at.state[SLOW] + i, slow);
-        }
+        store_moments(at, i, moment);
+        // Equal to the first moment, and by its draw.
+        if (has_cached) store<Reuse::NEXT_STEP>(at.state.cached + i, moment[0]);
+        if (step.slow.due) event_of_weights(step, at, i, p);
+        if (!changes_weights(step)) return;
+        if (has_master) store<Reuse::NEXT_STEP>(at.master + i, p);
+        for (int j = 0; j < N; ++j) narrow(p.element[j], param.element[j]);
+        store<Reuse::SOON>(at.param + i, param);
+    }
+
+    // The moments of element i + j.
+    template <int N>
+    static __device__ __forceinline__ void narrow_moments(const Arrays& at, int i, int j, const T (&moment)[MOMENTS],
+                                                          Pack<S, N> (&narrow)[MOMENTS]) {
+        const uint32_t random = mixed(at.place + static_cast<uint32_t>(i + j));
+#pragma unroll
+        for (int m = 0; m < MOMENTS; ++m) narrow_without_bias(moment[m], random_half(random, m), narrow[m].element[j]);
     }
 
     // Where the weights are in the compute type: a parameter that is kept in fewer bits has a master here.
     static __device__ T* kept_weights(const Arrays& at) {
         if constexpr (NARROW) {
-            return at.state[MASTER];
+            return at.master;
         } else {
             return at.param;
         }
@@ -196,12 +269,13 @@ struct Walk {
         T* const y = kept_weights(at);
         Pack<G, N> grad{};
         if constexpr (Rule::reads_gradient) load<Reuse::NEXT_STEP>(grad, at.grad + i);
-        Pack<T, N> p, x{}, moment[MOMENTS] = {};
+        Pack<T, N> p, x{};
+        Pack<S, N> moment[MOMENTS] = {};
         load<Reuse::SOON>(p, y + i);
         if constexpr (Rule::reads_gradient) {
             // By an address and not by a copy of y, which would wait for it before all is under way.
             Pack<T, N> z;
-            load<Reuse::NEXT_STEP>(z, (step.slow.capture ? y : at.state[SLOW]) + i);
+            load<Reuse::NEXT_STEP>(z, (step.slow.capture ? y : at.state.slow) + i);
             load_moments(at, i, moment);
             for (int j = 0; j < N; ++j) {
                 x.element[j] = step.slow.average(p.element[j], z.element[j]);
@@ -210,24 +284,25 @@ struct Walk {
 #pragma unroll
             for (int j = 0; j < N; ++j) {
                 T own[MOMENTS];
-                for (int m = 0; m < MOMENTS; ++m) own[m] = moment[m].element[j];
+                for (int m = 0; m < MOMENTS; ++m) own[m] = widen(moment[m].element[j]);
                 Rule::update(step.rule, p.element[j], static_cast<T>(widen(grad.element[j])), own);
-                for (int m = 0; m < MOMENTS; ++m) moment[m].element[j] = own[m];
+                if constexpr (NARROW_STATE) {
+                    narrow_moments(at, i, j, own, moment);
+                } else {
+                    for (int m = 0; m < MOMENTS; ++m) moment[m].element[j] = own[m];
+                }
             }
-#pragma unroll
-            for (int m = 0; m < MOMENTS; ++m) {
-                if (at.state[MOMENT + m] != nullptr) store<Reuse::NEXT_STEP>(at.state[MOMENT + m] + i, moment[m]);
-            }
+            store_moments(at, i, moment);
         } else {
             // Theta was put where z is for another optimizer's step, and x is kept.
-            load<Reuse::NEXT_STEP>(x, at.state[COMPANION] + i);
+            load<Reuse::NEXT_STEP>(x, at.state.companion + i);
         }
-        store<Reuse::NEXT_STEP>(at.state[SLOW] + i, p);
+        store<Reuse::NEXT_STEP>(at.state.slow + i, p);
         for (int j = 0; j < N; ++j) {
             const T z = p.element[j];
             step.slow.averaged(p.element[j], z, x.element[j]);
         }
-        if constexpr (!Rule::reads_gradient) store<Reuse::NEXT_STEP>(at.state[COMPANION] + i, x);
+        if constexpr (!Rule::reads_gradient) store<Reuse::NEXT_STEP>(at.state.companion + i, x);
         store<Reuse::SOON>(y + i, p);
         if constexpr (NARROW) {
             Pack<P, N> param;
@@ -249,9 +324,9 @@ __global__ void __launch_bounds__(ROW_THREADS) rows(Launch launch) {
 }
 
 // Four blocks, 1024 threads, are resident on a multiprocessor: enough loads in flight to keep the memory busy.
-template <class Rule, class P, class G>
+template <class Rule, class P, class G, class S>
 __global__ void __launch_bounds__(CHUNK_THREADS, 1024 / CHUNK_THREADS) chunks(Launch launch) {
-    using Walk = Walk<Rule, P, G>;
+    using Walk = Walk<Rule, P, G, S>;
     const Chunk chunk = launch.chunks[blockIdx.x];
     void* const gradient = launch.gradients[chunk.row];
     if (gradient == nullptr || skips_step(launch.arguments)) return;
@@ -278,9 +353,9 @@ __global__ void __launch_bounds__(CHUNK_THREADS, 1024 / CHUNK_THREADS) chunks(La
 }
 
 // The same for a policy that averages.
-template <class Rule, class P, class G>
+template <class Rule, class P, class G, class S>
 __global__ void __launch_bounds__(CHUNK_THREADS, 1024 / CHUNK_THREADS) averaged(Launch launch) {
-    using Walk = Walk<Rule, P, G>;
+    using Walk = Walk<Rule, P, G, S>;
     const Chunk chunk = launch.chunks[blockIdx.x];
     void* const gradient = launch.gradients[chunk.row];
     if (gradient == nullptr || skips_step(launch.arguments)) return;
@@ -305,27 +380,29 @@ __global__ void __launch_bounds__(CHUNK_THREADS, 1024 / CHUNK_THREADS) averaged(
     }
 }
 
-template <class Rule, class P, class G>
+template <class Rule, class P, class G, class S>
 const Kernel* kernel() {
     using T = Compute<P>;
     static constexpr Kernel kernel{
         Rule::name,
         DtypeOf<P>::name,
         Rule::reads_gradient && !std::is_same_v<P, G> ? DtypeOf<G>::name : nullptr,
+        std::is_same_v<S, T> ? nullptr : DtypeOf<S>::name,
         sizeof(RowStep<Rule, T>),
         Rule::reads_gradient,
         [](const Launch& arguments, unsigned blocks, cudaStream_t stream) {
             return launch(&rows<Rule, T>, blocks, ROW_THREADS, stream, arguments);
         },
         [](const Launch& arguments, unsigned blocks, cudaStream_t stream) {
-            const auto walk = averages(Policies{}, arguments.policy) ? &averaged<Rule, P, G> : &chunks<Rule, P, G>;
+            const auto walk =
+                averages(Policies{}, arguments.policy) ? &averaged<Rule, P, G, S> : &chunks<Rule, P, G, S>;
             return launch(walk, blocks, CHUNK_THREADS, stream, arguments);
         },
         [] {
             cudaFuncAttributes attributes;
             cudaError_t error = cudaFuncGetAttributes(&attributes, &rows<Rule, T>);
-            if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, &chunks<Rule, P, G>);
-            return error != cudaSuccess ? error : cudaFuncGetAttributes(&attributes, &averaged<Rule, P, G>);
+            if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, &chunks<Rule, P, G, S>);
+            return error != cudaSuccess ? error : cudaFuncGetAttributes(&attributes, &averaged<Rule, P, G, S>);
         }};
     return &kernel;
 }
@@ -333,12 +410,13 @@ const Kernel* kernel() {
 }  // namespace LF_ISA
 
 template <class Rule, bool FP64>
-const Kernel* find_walk(Dtype param, Dtype grad) {
+const Kernel* find_walk(Dtype param, Dtype grad, Dtype state) {
     const Kernel* found = nullptr;
-    with_walk<Rule>(param, grad, [&](auto pattern) {
+    with_walk<Rule>(param, grad, state, [&](auto pattern) {
         using P = typename decltype(pattern)::Param;
         using G = typename decltype(pattern)::Grad;
-        if constexpr (std::is_same_v<Compute<P>, double> == FP64) found = kernel<Rule, P, G>();
+        using S = typename decltype(pattern)::State;
+        if constexpr (std::is_same_v<Compute<P>, double> == FP64) found = kernel<Rule, P, G, S>();
     });
     return found;
 }

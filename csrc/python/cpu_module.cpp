@@ -49,7 +49,7 @@ class Stepper {
    private:
     static const Kernel& kernel(const TableBinding& table, const std::string& instruction_set, const std::string& rule,
                                 Dtype grad) {
-        const Kernel* const found = find_kernel(instruction_set, rule, table.param_dtype(), grad);
+        const Kernel* const found = find_kernel(instruction_set, rule, table.param_dtype(), grad, table.state_dtype());
         if (found == nullptr) throw py::value_error("rule '" + rule + "' has no CPU walk for these dtypes");
         return *found;
     }

@@ -24,9 +24,9 @@ namespace {
 cudaStream_t stream_of(uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
 
 Kernels kernels_for(const TableBinding& table) {
-    const Kernel* step = find_kernel(table.rule(), table.param_dtype(), table.grad_dtype());
+    const Kernel* step = find_kernel(table.rule(), table.param_dtype(), table.grad_dtype(), table.state_dtype());
     if (step == nullptr) throw py::value_error("rule '" + table.rule() + "' has no CUDA walk for these dtypes");
-    return {*step, *find_kernel(External::name, table.param_dtype(), table.param_dtype())};
+    return {*step, *find_kernel(External::name, table.param_dtype(), table.param_dtype(), table.state_dtype())};
 }
 
 StepArguments arguments_of(const TableBinding& table, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t clip) {

@@ -64,14 +64,15 @@ const std::vector<Names>& policy_names() {
 
 TableBinding::TableBinding(py::handle tensor_type, TensorReader::Way fastest, const std::string& rule,
                            const std::string& policy, const std::string& param_dtype, const std::string& grad_dtype,
-                           py::tuple entries, py::tuple fields, py::object conform, py::object read_group,
-                           int64_t chunk_elements)
+                           const std::string& state_dtype, py::tuple entries, py::tuple fields, py::object conform,
+                           py::object read_group, int64_t chunk_elements)
     : reader_(tensor_type, fastest),
       rule_(rule_names()[place_of(rule_names(), rule)]),
       policy_(static_cast<int32_t>(place_of(policy_names(), policy))),
       reads_gradient_(rule != External::name),
       param_dtype_(dtype_named(param_dtype)),
       grad_dtype_(dtype_named(grad_dtype)),
+      state_dtype_(dtype_named(state_dtype)),
       entries_(std::move(entries)),
       conform_(std::move(conform)),
       chunk_elements_(chunk_elements),
@@ -82,7 +83,7 @@ TableBinding::TableBinding(py::handle tensor_type, TensorReader::Way fastest, co
     if (entries_.size() != COLUMNS) throw py::value_error("entries must name each of the columns, or None");
     const Dtype compute = param_dtype_ == Dtype::FLOAT64 ? Dtype::FLOAT64 : Dtype::FLOAT32;
     for (int i = 0; i < COLUMNS; ++i) {
-        const Dtype dtype[] = {param_dtype_, grad_dtype_, compute, Dtype::FLOAT64};
+        const Dtype dtype[] = {param_dtype_, grad_dtype_, compute, state_dtype_, Dtype::FLOAT64};
         column_dtype_[i] = dlpack_dtype(dtype[COLUMN_FACTS[i].type]);
     }
 }

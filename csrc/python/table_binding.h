@@ -30,8 +30,9 @@ class TableBinding {
     // See lookahead_fused/_parts.py, which is the only caller, for what the arguments hold. entries: for each column
     // the name of its entry in a parameter's state, None where it has none.
     TableBinding(py::handle tensor_type, TensorReader::Way fastest, const std::string& rule, const std::string& policy,
-                 const std::string& param_dtype, const std::string& grad_dtype, py::tuple entries, py::tuple fields,
-                 py::object conform, py::object read_group, int64_t chunk_elements);
+                 const std::string& param_dtype, const std::string& grad_dtype, const std::string& state_dtype,
+                 py::tuple entries, py::tuple fields, py::object conform, py::object read_group,
+                 int64_t chunk_elements);
 
     int32_t add_group(py::dict group) { return groups_.add(reader_, device_, group); }
     // The device of the first row is the table's, so it has to be known before a group is added.
@@ -65,6 +66,7 @@ class TableBinding {
     const std::string& rule() const { return rule_.name; }
     Dtype param_dtype() const { return param_dtype_; }
     Dtype grad_dtype() const { return grad_dtype_; }
+    Dtype state_dtype() const { return state_dtype_; }
     int device_type() const { return device_.device.type; }
     int device_id() const { return device_.device.id; }
     // Rises whenever a row's state lies elsewhere than before: a copy of the rows on a device is then out of date.
@@ -112,10 +114,10 @@ class TableBinding {
     Names rule_;
     int32_t policy_;  // its place in the list
     bool reads_gradient_;
-    Dtype param_dtype_, grad_dtype_;
+    Dtype param_dtype_, grad_dtype_, state_dtype_;
     dlpack::DataType column_dtype_[COLUMNS];
     // Of the tensors that were last described, by the type of their column.
-    TorchShim::Marks marks_[4];
+    TorchShim::Marks marks_[5];
     py::tuple entries_;
     py::object conform_;
     int64_t chunk_elements_;

@@ -57,7 +57,7 @@ py::dict layout() {
 // The columns of a row in their order: what each is called in a parameter's state (None: a moment, which its rule
 // names), its type of elements, whether it is one number, whether every row has it.
 py::tuple columns() {
-    const char* const types[] = {"param", "grad", "compute", "float64"};
+    const char* const types[] = {"param", "grad", "compute", "moment", "float64"};
     py::list all;
     for (const ColumnFacts& facts : COLUMN_FACTS) {
         const py::object name = facts.name == nullptr ? py::object(py::none()) : py::object(py::str(facts.name));
@@ -121,10 +121,10 @@ void bind_table(py::module_& module) {
     module.attr("PASSES") = passes;
     py::class_<TableBinding>(module, "Table", collected<TableBinding>(), py::module_local())
         .def(py::init<py::handle, TensorReader::Way, const std::string&, const std::string&, const std::string&,
-                      const std::string&, py::tuple, py::tuple, py::object, py::object, int64_t>(),
+                      const std::string&, const std::string&, py::tuple, py::tuple, py::object, py::object, int64_t>(),
              py::arg("tensor_type"), py::arg("fastest"), py::arg("rule"), py::arg("policy"), py::arg("param_dtype"),
-             py::arg("grad_dtype"), py::arg("entries"), py::arg("fields"), py::arg("conform"), py::arg("read_group"),
-             py::arg("chunk_elements"))
+             py::arg("grad_dtype"), py::arg("state_dtype"), py::arg("entries"), py::arg("fields"), py::arg("conform"),
+             py::arg("read_group"), py::arg("chunk_elements"))
         .def("set_device", &TableBinding::set_device, py::arg("tensor"))
         .def("add_group", &TableBinding::add_group, py::arg("group"))
         .def("add_row", &TableBinding::add_row, py::arg("owner"), py::arg("copy"), py::arg("state"), py::arg("group"),

@@ -31,17 +31,11 @@ LF_HD uint32_t rounding_key(int64_t updates, bool own_pass) {
     return mixed(static_cast<uint32_t>(2 * updates + (own_pass ? 1 : 0)) + 0x9e3779b9u);
 }
 
-// 32 random bits for an element, 16 for each of two moments. `place` is its place in the row, modulo 2^32, and the
-// row's key.
-template <int PAIR, class Word>
-LF_HD Word random_bits(Word place) {
-    return mixed(place + PAIR * 0x9e3779b9u);
-}
-
-template <int MOMENT, class Word>
-LF_HD Word random_half(Word bits) {
-    if constexpr (MOMENT % 2 == 0) return bits & 0xffffu;
-    return bits >> 16;
+// 16 random bits for one of a rule's moments, of the 32 of an element, mixed(its place in the row + the row's key): a
+// half for each of two, and for the third, which few steps have, what any of the bits may change.
+template <class Word>
+LF_HD Word random_half(Word bits, int moment) {
+    return moment == 0 ? bits & 0xffffu : (moment == 1 ? bits : bits * 0x9e3779b9u) >> 16;
 }
 
 // The bf16 number's bits, of an fp32 number's and 16 random ones: the carry out of the lower half is as likely as the

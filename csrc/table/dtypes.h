@@ -1,5 +1,5 @@
-// The types of elements: what a parameter and its gradient may be, and what they are computed in. One list of types
-// and one of pairs, from which every walk is instantiated and every kernel named.
+// The types of elements: what a parameter, its gradient and its moments may be, and what they are computed in. One list
+// of types and one of patterns, from which every walk is instantiated and every kernel named.
 #pragma once
 
 #include <cstdint>
@@ -47,22 +47,25 @@ struct DtypeOf<Float16> {
     static constexpr const char* name = "float16";
 };
 
-// A parameter's type in memory and its gradient's.
-template <class P, class G>
+// What a parameter of type P is computed in: fp64 in fp64, all else in fp32.
+template <class P>
+using Compute = std::conditional_t<std::is_same_v<P, double>, double, float>;
+
+// A parameter's type in memory, its gradient's and its moments'.
+template <class P, class G, class S = Compute<P>>
 struct Pattern {
     using Param = P;
     using Grad = G;
-    static constexpr Dtype param = DtypeOf<P>::value, grad = DtypeOf<G>::value;
+    using State = S;
+    static constexpr Dtype param = DtypeOf<P>::value, grad = DtypeOf<G>::value, state = DtypeOf<S>::value;
 };
 
 using Dtypes = List<DtypeOf<float>, DtypeOf<double>, DtypeOf<BFloat16>, DtypeOf<Float16>>;
 
 using Patterns =
     List<Pattern<float, float>, Pattern<double, double>, Pattern<double, float>, Pattern<BFloat16, BFloat16>,
-         Pattern<BFloat16, float>, Pattern<Float16, Float16>, Pattern<Float16, float>>;
-
-// What a parameter of type P is computed in: fp64 in fp64, all else in fp32.
-template <class P>
-using Compute = std::conditional_t<std::is_same_v<P, double>, double, float>;
+         Pattern<BFloat16, float>, Pattern<Float16, Float16>, Pattern<Float16, float>, Pattern<float, float, BFloat16>,
+         Pattern<BFloat16, BFloat16, BFloat16>, Pattern<BFloat16, float, BFloat16>, Pattern<Float16, Float16, BFloat16>,
+         Pattern<Float16, float, BFloat16>>;
 
 }  // namespace lookahead_fused

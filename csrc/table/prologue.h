@@ -5,6 +5,7 @@
 
 #include "../rules/all.h"
 #include "../slow/all.h"
+#include "../state/bfloat16.h"
 #include "table.h"
 
 namespace lookahead_fused {
@@ -14,18 +15,14 @@ template <class Rule, class T>
 struct RowStep {
     typename Rule::template Coefficients<T> rule;
     SlowStep<T> slow;
+    uint32_t rounding;  // where moments are rounded: see bfloat16.h
 };
 
-// The columns from STATE on that a rule's walk has to do with end before this one.
-template <class Rule>
-constexpr int STATE_END = MOMENT + static_cast<int>(Rule::MOMENTS);
-
-// A chunk's own part of these, by Column.
-template <class Rule, class T>
+// A chunk's own part of its row's state; moments are of type S in memory.
+template <class Rule, class T, class S>
 struct StateArrays {
-    T* at[STATE_END<Rule> - STATE];
-    LF_HD T*& operator[](int column) { return at[column - STATE]; }
-    LF_HD T* operator[](int column) const { return at[column - STATE]; }
+    T *slow, *companion;
+    S *cached, *moment[Rule::MOMENTS];
 };
 
 // With an overflow among the gradients nothing at all changes, not even a counter.
@@ -91,13 +88,15 @@ LF_HD void prepare(int32_t policy, const Group& group, const RowCounts& counts, 
     const double lr = number_in(group, 0);
 
     PolicyInputs slow;
+    const bool is_step = arguments.pass == Pass::STEP;
+    to.rounding = rounding_key(counts.applied + (is_step ? 1 : 0), !is_step);
     slow.step = counts.applied + 1;
     slow.lr = lr;
     // Where the inner step was done elsewhere, theta has moved already, and phi was taken before that.
     slow.captures = Rule::reads_gradient && counts.applied == 0;
-    slow.event = arguments.pass == Pass::STEP ? (arguments.event_later != 0 ? Event::NEVER : Event::BY_COUNT)
-                 : counts.applied > 0         ? Event::NOW
-                                              : Event::NEVER;
+    slow.event = is_step              ? (arguments.event_later != 0 ? Event::NEVER : Event::BY_COUNT)
+                 : counts.applied > 0 ? Event::NOW
+                                      : Event::NEVER;
 
     PolicyNumbers own = counts.policy;
     to.slow = prepare_slow<T>(Policies{}, policy, PolicyHypers{group}, slow, own);

@@ -19,18 +19,17 @@ enum Column : int {
     Y_INTERP,
     WEIGHT_SUM,
     LR_MAX,
-    MASTER,          // theta in the compute type: then PARAM is written and not read
-    STATE = MASTER,  // from here on the columns are of the compute type, and as many elements as the parameter has
-    SLOW,            // phi, the average, or z
-    CACHED_MOMENT,   // the first moment as the last sync left it, for pullback
-    COMPANION,       // what stands beside that: phi's own momentum, or x
-    MOMENT,          // the rule's moments, in the order of its moment_names
+    MASTER,         // theta in the compute type: then PARAM is written and not read
+    SLOW,           // phi, the average, or z
+    CACHED_MOMENT,  // the first moment as the last sync left it, for pullback
+    COMPANION,      // what stands beside that: phi's own momentum, or x
+    MOMENT,         // the rule's moments, in the order of its moment_names
     COLUMNS = MOMENT + 3
 };
 
 // Columns as data: whoever makes, checks or packs a row loops over these.
 struct ColumnFacts {
-    enum Type { PARAM_TYPE, GRAD_TYPE, COMPUTE_TYPE, FP64 };
+    enum Type { PARAM_TYPE, GRAD_TYPE, COMPUTE_TYPE, MOMENT_TYPE, FP64 };
     enum Access { READ, WRITTEN };  // by a step; WRITTEN ones are read too
 
     const char* name;  // null: a moment, which its rule names
@@ -50,20 +49,12 @@ constexpr ColumnFacts COLUMN_FACTS[COLUMNS] = {
     {"lr_max", ColumnFacts::FP64, ColumnFacts::WRITTEN, true, false},
     {"master_param", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
     {"slow", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
-    {"cached_momentum", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
+    {"cached_momentum", ColumnFacts::MOMENT_TYPE, ColumnFacts::WRITTEN, false, false},
     {"companion", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
-    {nullptr, ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
-    {nullptr, ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
-    {nullptr, ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
+    {nullptr, ColumnFacts::MOMENT_TYPE, ColumnFacts::WRITTEN, false, false},
+    {nullptr, ColumnFacts::MOMENT_TYPE, ColumnFacts::WRITTEN, false, false},
+    {nullptr, ColumnFacts::MOMENT_TYPE, ColumnFacts::WRITTEN, false, false},
 };
-
-constexpr bool state_is_of_the_compute_type() {
-    for (int i = STATE; i < COLUMNS; ++i) {
-        if (COLUMN_FACTS[i].type != ColumnFacts::COMPUTE_TYPE || COLUMN_FACTS[i].scalar) return false;
-    }
-    return true;
-}
-static_assert(state_is_of_the_compute_type(), "walks hold the columns from STATE on in one array");
 
 struct Row {
     void* column[COLUMNS];

@@ -7,11 +7,12 @@ namespace lookahead_fused {
 
 // Calls visit(a value of the pattern's type); false where the rule has no such walk.
 template <class Rule, class Visit>
-bool with_walk(Dtype param, Dtype grad, Visit visit) {
+bool with_walk(Dtype param, Dtype grad, Dtype state, Visit visit) {
     return Patterns::any([&](auto pattern) {
-        // Where no gradient is read, one pattern stands for all of a parameter type's.
+        // Where no gradient is read, one pattern stands for all that differ in it.
         if constexpr (Rule::reads_gradient || pattern.param == pattern.grad) {
-            if (param != pattern.param || (Rule::reads_gradient && grad != pattern.grad)) return false;
+            if (param != pattern.param || state != pattern.state) return false;
+            if (Rule::reads_gradient && grad != pattern.grad) return false;
             visit(pattern);
             return true;
         }

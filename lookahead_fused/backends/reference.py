@@ -18,6 +18,7 @@ from .._hyperparameters import Argument
 from .._parts import Part, PlainPart, Spec
 from .._policies import START, Ema, Gpa, Lookahead
 from .._rows import Row
+from .reference_state import rounded
 
 NAME = "reference"
 DEVICES = None
@@ -49,6 +50,8 @@ def step(row: Row, spec: Spec, grad_scale: float, clip: float, event_later: bool
         assert row.slow is not None
         p = start if steps == 1 else row.slow.clone()
     moments = dict(row.moments)
+    if row.has_narrow_moments:
+        moments = {name: moment.to(row.compute_dtype) for name, moment in moments.items()}
     if spec.rule.reads_gradient:
         assert row.gradient is not None
         hyper = {
@@ -64,18 +67,19 @@ def step(row: Row, spec: Spec, grad_scale: float, clip: float, event_later: bool
     after = After(p, slow)
     if not event_later:
         after = POLICIES[spec.policy.name](row, spec, steps, start, p, slow, moments)
-    _write(row, after, moments)
+    _write(row, spec, after, moments, steps, own_pass=False)
     row.step.add_(1)
 
 
 def sync(row: Row, spec: Spec) -> None:
     """The policy's event of one parameter, now."""
-    if row.step.item() == 0:
+    applied = int(row.step.item())
+    if applied == 0:
         return
     moments = dict(row.moments)
     p = _weights(row)
     after = POLICIES[spec.policy.name](row, spec, None, p, p, row.slow, moments)
-    _write(row, after, moments)
+    _write(row, spec, after, moments, applied, own_pass=True)
 
 
 @dataclass
@@ -171,24 +175,29 @@ def _weights(row: Row) -> Tensor:
     return (row.param if row.master is None else row.master).to(row.compute_dtype, copy=True)
 
 
-def _write(row: Row, after: After, moments: Mapping[str, Tensor]) -> None:
+def _write(row: Row, spec: Spec, after: After, moments: Mapping[str, Tensor], updates: int, own_pass: bool) -> None:
     """All has been computed; nothing was changed before."""
+
+    def write_moment(kept: Tensor, made: Tensor, place: int) -> None:
+        if row.has_narrow_moments:
+            made = rounded(made.to(row.compute_dtype), row.param, place, updates, own_pass)
+        kept.copy_(made)
+
     if row.master is not None:
         row.master.copy_(after.p)
     row.param.copy_(after.p)
-    for kept, made in (
-        (row.slow, after.slow),
-        (row.cached_moment, after.cached),
-        (row.companion, after.companion),
-    ):
+    for kept, made in ((row.slow, after.slow), (row.companion, after.companion)):
         if made is not None and made is not kept:
             assert kept is not None
             kept.copy_(made)
+    if after.cached is not None and row.cached_moment is not None:
+        # By the first moment's draw: the two are equal.
+        write_moment(row.cached_moment, after.cached, 0)
     for name, number in after.numbers.items():
         row.numbers[name].fill_(number)
     for name, moment in moments.items():
         if moment is not row.moments[name]:
-            row.moments[name].copy_(moment)
+            write_moment(row.moments[name], moment, spec.rule.moments.index(name))
 
 
 def _values(argument: Argument, group: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -27,8 +27,8 @@ def rounded(values: Tensor, like: Tensor, moment: int, updates: int, own_pass: b
     """
     bits = values.contiguous().view(torch.int32).to(torch.int64) & _WORD
     key = _mixed((2 * updates + own_pass + _WEYL) & _WORD)
-    random = _mixed((_places(like) + (key + moment // 2 * _WEYL)) & _WORD)
-    random = random & 0xFFFF if moment % 2 == 0 else random >> 16
+    random = _mixed((_places(like) + key) & _WORD)
+    random = random & 0xFFFF if moment == 0 else (random if moment == 1 else random * _WEYL & _WORD) >> 16
     magnitude = bits & 0x7FFFFFFF
     half = torch.where(magnitude < 0x7F7F0000, bits + random, bits) >> 16
     half = torch.where(magnitude > 0x7F800000, 0x7FFF, half)

@@ -108,7 +108,7 @@ class Stepper:
             self.policy = self.kernels.POLICIES[spec.policy.name]
             self.row_count, self.chunk_count = table.row_count, table.chunk_count
             numbers = max(rule.coefficients.value for rule in self.rules.values())
-            numbers += self.kernels.SLOW_COEFFICIENTS.value
+            numbers += self.kernels.SLOW_COEFFICIENTS.value + self.kernels.KEY.value
             self.steps = torch.empty(
                 self.row_count * numbers, dtype=compute_dtype(spec.param_dtype), device=self.device
             )
@@ -173,7 +173,7 @@ class Stepper:
         spec = part.spec
         rule = self.rules["external" if part.pass_ is Pass.SYNC else spec.rule.name]
         grad_dtype = spec.param_dtype if rule is self.rules["external"] else spec.grad_dtype
-        dtypes = self.kernels.DTYPES[spec.param_dtype], self.kernels.DTYPES[grad_dtype]
+        dtypes = tuple(self.kernels.DTYPES[dtype] for dtype in (spec.param_dtype, grad_dtype, spec.moment_dtype))
         scale = self.no_scale if grad_scale is None else grad_scale
         factor = self.no_clip if clip is None else clip
         skip = self.no_inf if found_inf is None else found_inf

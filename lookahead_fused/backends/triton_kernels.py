@@ -29,8 +29,9 @@ from .triton_policies import (
     slow_weights,
 )
 from .triton_rules import LAYOUT, ROWS, RULES
+from .triton_state import mixed, random_half, rounded_without_bias, rounding_key
 
-__all__ = ["DTYPES", "POLICIES", "ROWS", "RULES", "SLOW_COEFFICIENTS", "THREADS", "chunks", "rows"]
+__all__ = ["DTYPES", "KEY", "POLICIES", "ROWS", "RULES", "SLOW_COEFFICIENTS", "THREADS", "chunks", "rows"]
 
 constexpr = tl.constexpr
 globals().update(LAYOUT)
@@ -41,6 +42,8 @@ POLICY_NUMBERS = constexpr(len(PolicyNumbers._fields))
 BLOCK = constexpr(1024)
 # The same at the end of a chunk, and where it is not aligned, of a row whose policy averages.
 TAIL = constexpr(256)
+# Numbers after a row's coefficients: the key by which its moments are rounded.
+KEY = constexpr(1)
 THREADS = BLOCK.value // 8
 
 # ---- csrc/table/prologue.h
@@ -141,8 +144,13 @@ def rows(
     factor = 1.0 / tl.load(grad_scale).to(tl.float64) * tl.load(clip)
     values = slow + rule.prepare(of_rule, step, lr, factor, first)
     count: constexpr = SLOW_COEFFICIENTS + rule.coefficients
+    to = steps + i * (count + KEY)
     for j in tl.static_range(count):
-        tl.store(steps + i * count + j, values[j].to(steps.dtype.element_ty), mask=active)
+        tl.store(to + j, values[j].to(steps.dtype.element_ty), mask=active)
+    if steps.dtype.element_ty == tl.float32:
+        # Where moments are rounded: its bits, whatever number they are.
+        key = rounding_key(applied.to(tl.int64) + advances, pass_ == 1)
+        tl.store(to + count, key.to(tl.float32, bitcast=True), mask=active)
 
 
 # ---- csrc/cuda/walk.cuh
@@ -168,6 +176,7 @@ def arrays(
     rule: constexpr,
     P: constexpr,
     G: constexpr,
+    S: constexpr,
     T: constexpr,
     aligned: constexpr,
 ):
@@ -175,7 +184,7 @@ def arrays(
     has_moment = ()
     for m in tl.static_range(rule.moments):
         address = read(row, ROW_MOMENT + m * 8, tl.int64)
-        moments += (part(address, T, offset, aligned),)
+        moments += (part(address, S, offset, aligned),)
         has_moment += ((address != 0) & (rule.reads_gradient | (acts_on_moment != 0)),)
     master = read(row, ROW_MASTER_PARAM, tl.int64)
     cached = read(row, ROW_CACHED_MOMENTUM, tl.int64)
@@ -185,7 +194,7 @@ def arrays(
         grad=part(gradient, G, offset, aligned),
         master=part(master, T, offset, aligned),
         slow=part(read(row, ROW_SLOW, tl.int64), T, offset, aligned),
-        cached=part(cached, T, offset, aligned),
+        cached=part(cached, S, offset, aligned),
         companion=part(companion, T, offset, aligned),
         moments=moments,
         has_master=master != 0,
@@ -206,6 +215,28 @@ def store(array, i, value, mask):
 
 
 @triton.jit
+def load_moments(at, i, inside, rule: constexpr, T: constexpr):
+    moments = ()
+    for m in tl.static_range(rule.moments):
+        moments += (load(at.moments[m], i, at.has_moment[m] & inside).to(T),)
+    return moments
+
+
+@triton.jit
+def drawn(place, i, S: constexpr, T: constexpr):
+    """What a block's moments are rounded by, where they are kept in fewer bits than they are computed in."""
+    return i if S == T else mixed(place + i.to(tl.uint32))
+
+
+@triton.jit
+def store_moment(array, i, value, mask, random, m: constexpr, S: constexpr, T: constexpr):
+    if S == T:
+        store(array, i, value, mask)
+    else:
+        tl.store(array + i, rounded_without_bias(value, random_half(random, m)), mask=mask)
+
+
+@triton.jit
 def numbers(at, begin: constexpr, end: constexpr):
     values = ()
     for j in tl.static_range(begin, end):
@@ -214,7 +245,7 @@ def numbers(at, begin: constexpr, end: constexpr):
 
 
 @triton.jit
-def elements(at, own, c, i, inside, rule: constexpr, P: constexpr, T: constexpr):
+def elements(at, own, c, i, inside, place, rule: constexpr, P: constexpr, S: constexpr, T: constexpr):
     """One block of a chunk.
 
     What a policy decided is read where it is asked for: held over the blocks it would take more scalar registers than
@@ -230,10 +261,8 @@ def elements(at, own, c, i, inside, rule: constexpr, P: constexpr, T: constexpr)
         g = load(at.grad, i, inside).to(T)
         capture = tl.load(own + 1)
         store(at.slow, i, p, (capture != 0) & inside)
-    moments = ()
-    for m in tl.static_range(rule.moments):
-        moments += (load(at.moments[m], i, at.has_moment[m] & inside),)
-    p, moments = rule.update(c, p, g, moments)
+    p, moments = rule.update(c, p, g, load_moments(at, i, inside, rule, T))
+    random = drawn(place, i, S, T)
     moment = moments[0]
     changes = inside
     due = 1.0
@@ -246,21 +275,22 @@ def elements(at, own, c, i, inside, rule: constexpr, P: constexpr, T: constexpr)
         store(at.slow, i, slow, inside)
         store(at.companion, i, outer, mask)
         mask = at.has_moment[0] & at.has_cached & inside
-        moment, cached = slow_moment(s, moment, load(at.cached, i, mask))
-        store(at.cached, i, cached, mask)
+        moment, cached = slow_moment(s, moment, load(at.cached, i, mask).to(T))
+        # By the first moment's draw: the two are equal.
+        store_moment(at.cached, i, cached, mask, random, 0, S, T)
         if not rule.reads_gradient:
             # What is not computed here and not changed here stays as it is, also where it was rounded.
             changes = inside & (SlowStep(*s).restarts != 0)
-    store(at.moments[0], i, moment, at.has_moment[0] & inside)
+    store_moment(at.moments[0], i, moment, at.has_moment[0] & inside, random, 0, S, T)
     for m in tl.static_range(1, rule.moments):
-        store(at.moments[m], i, moments[m], at.has_moment[m] & inside)
+        store_moment(at.moments[m], i, moments[m], at.has_moment[m] & inside, random, m, S, T)
     if P != T:
         store(at.master, i, p, at.has_master & changes)
     store(at.param, i, p, changes)
 
 
 @triton.jit
-def averaged_elements(at, own, i, inside, rule: constexpr, P: constexpr, T: constexpr):
+def averaged_elements(at, own, i, inside, place, rule: constexpr, P: constexpr, S: constexpr, T: constexpr):
     """The same of a row whose policy averages. Its parameter has a master where it is kept in fewer bits."""
     y = load(at.param, i, inside) if P == T else load(at.master, i, inside)
     if rule.reads_gradient:
@@ -268,14 +298,13 @@ def averaged_elements(at, own, i, inside, rule: constexpr, P: constexpr, T: cons
         capture = tl.load(own + 1)
         z = tl.where(capture != 0, y, load(at.slow, i, (capture == 0) & inside))
         x = slow_average(tl.load(own + RECOVERY), y, z)
-        moments = ()
-        for m in tl.static_range(rule.moments):
-            moments += (load(at.moments[m], i, at.has_moment[m] & inside),)
+        moments = load_moments(at, i, inside, rule, T)
         # Read here, as all that is decided: with these held over the blocks, AMD's registers spill.
         c = numbers(own, SLOW_COEFFICIENTS, SLOW_COEFFICIENTS + rule.coefficients)
         z, moments = rule.update(c, z, g, moments)
+        random = drawn(place, i, S, T)
         for m in tl.static_range(rule.moments):
-            store(at.moments[m], i, moments[m], at.has_moment[m] & inside)
+            store_moment(at.moments[m], i, moments[m], at.has_moment[m] & inside, random, m, S, T)
     else:
         # Theta was put where z is for another optimizer's step, and x is kept.
         z = y
@@ -290,11 +319,13 @@ def averaged_elements(at, own, i, inside, rule: constexpr, P: constexpr, T: cons
 
 
 @triton.jit
-def walked(at, own, c, i, inside, rule: constexpr, averages: constexpr, P: constexpr, T: constexpr):
+def walked(
+    at, own, c, i, inside, place, rule: constexpr, averages: constexpr, P: constexpr, S: constexpr, T: constexpr
+):
     if averages:
-        averaged_elements(at, own, i, inside, rule, P, T)
+        averaged_elements(at, own, i, inside, place, rule, P, S, T)
     else:
-        elements(at, own, c, i, inside, rule, P, T)
+        elements(at, own, c, i, inside, place, rule, P, S, T)
 
 
 @triton.jit(do_not_specialize=["found_inf", "chunks_at", "gradients_at"])
@@ -309,6 +340,7 @@ def chunks(
     averages: constexpr,
     P: constexpr,
     G: constexpr,
+    S: constexpr,
 ):
     """Updates the elements of one chunk."""
     T: constexpr = steps.dtype.element_ty
@@ -319,12 +351,16 @@ def chunks(
     row = fixed + i * ROW
     count_of_policy: constexpr = SLOW_COEFFICIENTS
     coefficients: constexpr = count_of_policy + rule.coefficients
-    own = steps + i * coefficients
+    own = steps + i * (coefficients + KEY)
     gradient = gradient_of(moving, gradients_at, found_inf, i)
     if gradient != 0:
         due = tl.load(own)
         acts_on_moment = tl.load(own + 2)
         c = numbers(own, count_of_policy, coefficients)
+        # Of the first element in the row, with the row's key for rounding.
+        place = offset
+        if S != T:
+            place = offset.to(tl.uint32) + tl.load(own + coefficients).to(tl.uint32, bitcast=True)
         if rule.reads_gradient | (due != 0):
             # Each array is at least as aligned as this: an offset counts elements, of which each has two bytes or more.
             address = offset | read(row, ROW_PARAM, tl.int64) | read(row, ROW_MASTER_PARAM, tl.int64)
@@ -338,19 +374,19 @@ def chunks(
             if address % 16 == 0:
                 whole = count // BLOCK * BLOCK
             if whole > 0:
-                at = arrays(row, gradient, offset, acts_on_moment, rule, P, G, T, True)
+                at = arrays(row, gradient, offset, acts_on_moment, rule, P, G, S, T, True)
                 lane = tl.arange(0, BLOCK)
                 for begin in range(0, whole, BLOCK):
                     inside = tl.full([BLOCK], True, tl.int1)
-                    walked(at, own, c, begin + lane, inside, rule, averages, P, T)
+                    walked(at, own, c, begin + lane, inside, place, rule, averages, P, S, T)
             if whole < count:
-                at = arrays(row, gradient, offset, acts_on_moment, rule, P, G, T, False)
+                at = arrays(row, gradient, offset, acts_on_moment, rule, P, G, S, T, False)
                 # A mask takes AMD's scalar registers, two for each of a thread's elements.
                 few: constexpr = TAIL if averages else BLOCK
                 lane = tl.arange(0, few)
                 for begin in range(whole, count, few):
                     inside = begin + lane < count
-                    walked(at, own, c, begin + lane, inside, rule, averages, P, T)
+                    walked(at, own, c, begin + lane, inside, place, rule, averages, P, S, T)
 
 
 DTYPES = {dtype: getattr(tl, str(dtype).removeprefix("torch.")) for dtype in PARAM_DTYPES}

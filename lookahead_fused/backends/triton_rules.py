@@ -30,7 +30,8 @@ LAYOUT = {name: constexpr(value) for name, value in native.layout().items()}
 globals().update(LAYOUT)
 # All that compiled code comes from: this file, those beside it, and what they ask of the compiled module.
 _FILES = [
-    Path(__file__).with_name(f"triton_{name}.py").read_bytes() for name in ("rules", "policies", "kernels", "norm")
+    Path(__file__).with_name(f"triton_{name}.py").read_bytes()
+    for name in ("rules", "policies", "state", "kernels", "norm")
 ]
 SOURCE = f"{_FILES} {native.layout()} {native.rules()} {native.policies()}"
 

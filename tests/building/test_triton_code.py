@@ -224,7 +224,7 @@ def test_no_edited_kernel_is_taken_from_disk(
         # Not from a file of bytecode, which is told from its source by seconds and a size.
         monkeypatch.setattr(sys, "dont_write_bytecode", True)
         linecache.clearcache()
-        _, _, module, _ = triton_on_host.kernels_again(tmp_path)
+        *_, module, _ = triton_on_host.kernels_again(tmp_path)
         found: str = source(module, kernel, "adam", FP32, FP32).hash()
         return found
 

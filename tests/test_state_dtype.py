@@ -1,0 +1,367 @@
+"""`state_dtype="bfloat16"`: the moments in half their memory, with the same bits on every backend."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    EXTERNAL_CLASSES,
+    LOOKAHEAD_CLASSES,
+    BackendCase,
+    make_grads,
+    make_params,
+    same_tensor_bits,
+    seeded,
+    set_grad,
+    tune,
+)
+from torch import Tensor
+
+import lookahead_fused
+from lookahead_fused import EMA, GPA, Lion, Lookahead, ScheduleFree
+from lookahead_fused._parts import CHUNK_ELEMENTS
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+REFERENCE = BackendCase("reference", "cpu", 0.0)
+SHAPES = ((7,), (3, 5), (), (260,), (0,), (2, 3, 4, 5))
+Make = Callable[[Any, str], torch.optim.Optimizer]
+
+
+def of_class(rule: str, **hyper: Any) -> Make:
+    hyper = {"lr": 0.05, "k": 3, **hyper}
+    return lambda params, backend: LOOKAHEAD_CLASSES[rule](params, **hyper, state_dtype="bfloat16", backend=backend)
+
+
+def around(wrapper: Any, base: Any, of_base: dict[str, Any], **settings: Any) -> Make:
+    settings = {"state_dtype": "bfloat16", **settings}
+    return lambda params, backend: wrapper(base(params, **of_base), **settings, backend=backend)
+
+
+ADAMW, SGD = {"lr": 0.05, "weight_decay": 0.1}, {"lr": 0.05, "momentum": 0.9}
+OPTIMIZERS: dict[str, Make] = {
+    "adamw": of_class("adamw", weight_decay=0.1, outer_momentum=0.5),
+    "adam amsgrad pullback": of_class("adam", amsgrad=True, pullback_momentum="pullback", alpha=0.3),
+    "sgd reset": of_class("sgd", momentum=0.9, nesterov=True, pullback_momentum="reset"),
+    "sgd without state": of_class("sgd"),
+    "rmsprop pullback": of_class("rmsprop", momentum=0.9, pullback_momentum="pullback"),
+    "radam": of_class("radam", betas=(0.9, 0.8)),
+    "lion pullback": of_class("lion", pullback_momentum="pullback", weight_decay=0.1),
+    "lion alone": lambda params, backend: Lion(params, lr=0.05, state_dtype="bfloat16", backend=backend),
+    "lookahead": around(Lookahead, torch.optim.AdamW, ADAMW, k=2, pullback_momentum="pullback"),
+    "ema": around(EMA, torch.optim.SGD, SGD, decay=0.9),
+    "ema of rmsprop": around(EMA, torch.optim.RMSprop, {"lr": 0.05, "momentum": 0.9}, decay="uniform", every=2),
+    "gpa": around(GPA, torch.optim.AdamW, ADAMW | {"amsgrad": True}, master_weights=True),
+    "gpa of rmsprop": around(GPA, torch.optim.RMSprop, {"lr": 0.05, "momentum": 0.9}, master_weights=True),
+    "schedule free": around(ScheduleFree, torch.optim.RAdam, {"lr": 0.05}, master_weights=True),
+}
+MASTERS = [name for name in OPTIMIZERS if name.startswith(("gpa", "schedule"))]
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "cached_momentum")
+
+
+def run(
+    optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: range, grad_dtype: torch.dtype | None = None
+) -> None:
+    for t in steps:
+        for p, g in zip(params, make_grads(params, generator=seeded(t), dtype=grad_dtype), strict=True):
+            set_grad(p, g)
+        optimizer.step()
+
+
+def assert_same(
+    optimizer: torch.optim.Optimizer, params: Sequence[Tensor], other: torch.optim.Optimizer, others: Sequence[Tensor]
+) -> None:
+    for i, (p, q) in enumerate(zip(params, others, strict=True)):
+        own, its = optimizer.state[p], other.state[q]
+        assert own.keys() == its.keys()
+        for name, a, b in (("param", p, q), *((n, own[n], its[n]) for n in own)):
+            assert same_tensor_bits(a, b), f"{name} of parameter {i}"
+
+
+def made(make: Make, backend: BackendCase, dtype: torch.dtype = FP32) -> tuple[torch.optim.Optimizer, list[Any]]:
+    params = make_params(SHAPES, dtype, device=backend.device)
+    # In an order of its own, by which its elements are counted.
+    params[-1].data = params[-1].data.contiguous(memory_format=torch.channels_last)
+    return make(params, backend.name), params
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what is computed
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_every_backend_gives_the_reference_s_bits(backend: BackendCase, name: str, dtype: torch.dtype) -> None:
+    optimizer, params = made(OPTIMIZERS[name], backend, dtype)
+    reference, others = made(OPTIMIZERS[name], REFERENCE, dtype)
+    for t in range(1, 5):
+        run(optimizer, params, range(t, t + 1))
+        run(reference, others, range(t, t + 1))
+        if t == 2 and isinstance(optimizer, lookahead_fused.LookaheadAdam | lookahead_fused.LookaheadSGD):
+            # A pass of its own.
+            optimizer.sync()
+            reference.sync()  # type: ignore[attr-defined]
+    if backend.ulps == 0:
+        assert_same(optimizer, params, reference, others)
+    for own in (optimizer.state[p] for p in params):
+        assert all(own[moment].dtype == BF16 for moment in MOMENTS if moment in own)
+        assert all(value.dtype in (FP32, FP64, torch.int16) for n, value in own.items() if n not in MOMENTS)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_gradients_may_be_fp32(backend: BackendCase, dtype: torch.dtype) -> None:
+    make = of_class("adam", master_weights=True, pullback_momentum="pullback")
+    optimizer, params = made(make, backend, dtype)
+    reference, others = made(make, REFERENCE, dtype)
+    run(optimizer, params, range(1, 5), FP32)
+    run(reference, others, range(1, 5), FP32)
+    if backend.ulps == 0:
+        assert_same(optimizer, params, reference, others)
+
+
+@pytest.mark.parametrize("chunk_elements", [1, 7, 4096, CHUNK_ELEMENTS])
+def test_chunks_threads_and_instruction_sets_change_no_bit(chunk_elements: int) -> None:
+    native = lookahead_fused._build.module("_cpu")
+    if native is None:
+        pytest.skip(lookahead_fused._build.reason("_cpu"))
+    numel = 300 if chunk_elements < 100 else 40_003
+
+    def stepped(threads: int, **tuning: Any) -> tuple[torch.optim.Optimizer, list[Any]]:
+        params = make_params(((numel,), (33,)))
+        optimizer = of_class("adam", amsgrad=True, pullback_momentum="pullback")(params, "cpu")
+        tune(optimizer, **tuning)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            run(optimizer, params, range(1, 5))
+        finally:
+            torch.set_num_threads(before)
+        return optimizer, params
+
+    expected = stepped(1)
+    for instruction_set in native.instruction_sets():
+        found = stepped(2, chunk_elements=chunk_elements, instruction_set=instruction_set)
+        assert_same(*found, *expected)
+
+
+def test_moments_are_rounded_in_a_step_and_used_before_that(backend: BackendCase) -> None:
+    """A first step's update is that of fp32 moments; what is kept is one of the two bf16 numbers beside each."""
+    optimizer, params = made(of_class("adamw"), backend)
+    wide, others = made(
+        lambda params, backend: lookahead_fused.LookaheadAdamW(params, lr=0.05, k=3, backend=backend), backend
+    )
+    run(optimizer, params, range(1, 2))
+    run(wide, others, range(1, 2))
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p, q)
+        for name in ("exp_avg", "exp_avg_sq"):
+            kept, exact = optimizer.state[p][name].float(), wide.state[q][name]
+            assert ((kept - exact).abs() <= exact.abs() * 2.0**-7).all()
+    kept, exact = optimizer.state[params[3]]["exp_avg"], wide.state[others[3]]["exp_avg"]
+    assert not torch.equal(kept, exact.to(BF16))
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_second_moment_does_not_stall(name: str) -> None:
+    """Rounded to the nearest it stays where it was at beta2 = 0.999. All backends round alike."""
+    if reason := lookahead_fused.backends()[name].reason:
+        pytest.skip(reason)
+    p = torch.nn.Parameter(torch.zeros(4096))
+    optimizer = lookahead_fused.LookaheadAdamW([p], lr=0.0, state_dtype="bfloat16", backend=name)
+    p.grad = torch.rand(4096, generator=seeded(0)) + 0.5
+    optimizer.step()
+    start = optimizer.state[p]["exp_avg_sq"].double().mean().item()
+    p.grad = torch.zeros(4096)
+    for _ in range(2000):
+        optimizer.step()
+    mean = optimizer.state[p]["exp_avg_sq"].double().mean().item()
+    assert math.isclose(mean / start, 0.999**2000, rel_tol=0.02)
+
+
+def test_nothing_changes_where_a_step_is_skipped(backend: BackendCase) -> None:
+    optimizer, params = made(of_class("adam", amsgrad=True, pullback_momentum="pullback"), backend)
+    run(optimizer, params, range(1, 3))
+    before = copy.deepcopy(optimizer.state_dict())["state"]
+    optimizer.found_inf = torch.ones((), device=backend.device)  # type: ignore[attr-defined]
+    run(optimizer, params, range(3, 4))
+    after = optimizer.state_dict()["state"]
+    assert all(same_tensor_bits(before[i][name], after[i][name]) for i in before for name in before[i])
+
+
+def test_a_step_moves_no_state(backend: BackendCase) -> None:
+    """What a first step made is written in place by all others."""
+    optimizer, params = made(of_class("adam", amsgrad=True, pullback_momentum="pullback"), backend)
+    run(optimizer, params, range(1, 2))
+    kept = {(p, name): value for p in params for name, value in optimizer.state[p].items()}
+    run(optimizer, params, range(2, 8))
+    assert all(optimizer.state[p][name] is value for (p, name), value in kept.items())
+    assert sum(value.nbytes for (p, n), value in kept.items() if n in MOMENTS and p is params[3]) == 4 * 2 * 260
+
+
+def test_groups_choose_for_themselves(backend: BackendCase) -> None:
+    params = make_params(((40,), (40,), (40,)), device=backend.device)
+    groups = [{"params": params[:1], "state_dtype": "bfloat16"}, {"params": params[1:2]}]
+    optimizer = lookahead_fused.LookaheadAdamW(groups, lr=0.05, backend=backend.name)
+    optimizer.add_param_group({"params": params[2:], "state_dtype": "bfloat16"})
+    run(optimizer, params, range(1, 3))
+    found = [optimizer.state[p]["exp_avg"].dtype for p in params]
+    assert found == [BF16, FP32, BF16]
+    # A choice that changes takes the moments along.
+    optimizer.param_groups[1]["state_dtype"] = "bfloat16"
+    optimizer.param_groups[0]["state_dtype"] = "float32"
+    run(optimizer, params, range(3, 5))
+    assert [optimizer.state[p]["exp_avg"].dtype for p in params] == [FP32, BF16, BF16]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def reloaded(state_dict: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    found: dict[str, Any] = torch.load(file, weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize("way", ["state dict", "deepcopy", "pickle"])
+@pytest.mark.parametrize("name", ["adam amsgrad pullback", "rmsprop pullback", "lookahead", "gpa"])
+def test_a_run_resumes_exactly(backend: BackendCase, name: str, way: str) -> None:
+    optimizer, params = made(OPTIMIZERS[name], backend)
+    run(optimizer, params, range(1, 5))
+    if way == "state dict":
+        again, others = made(OPTIMIZERS[name], backend)
+        for p, q in zip(params, others, strict=True):
+            q.data.copy_(p.data)
+        again.load_state_dict(reloaded(optimizer.state_dict()))
+    else:
+        copied = copy.deepcopy(optimizer) if way == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+        again, others = copied, [q for group in copied.param_groups for q in group["params"]]
+    run(optimizer, params, range(5, 9))
+    run(again, others, range(5, 9))
+    assert_same(again, others, optimizer, params)
+
+
+def test_loading_brings_moments_into_the_dtype_that_was_chosen(backend: BackendCase) -> None:
+    """Rounded to the nearest, and back exactly; the choice is not the checkpoint's."""
+
+    def make(state_dtype: str) -> tuple[Any, list[Any]]:
+        chosen: Any = {"state_dtype": state_dtype, "pullback_momentum": "pullback", "k": 2}
+        params = make_params(SHAPES, device=backend.device)
+        return lookahead_fused.LookaheadAdamW(params, lr=0.0, betas=(0.0, 0.0), **chosen, backend=backend.name), params
+
+    def through(saved: dict[str, Any], state_dtype: str) -> tuple[Any, list[Any]]:
+        optimizer, params = make(state_dtype)
+        optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0]["state_dtype"] == state_dtype
+        # A parameter without a gradient keeps what was loaded; of the others all but the moments' dtype is a step's.
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.sync()
+        return optimizer, params
+
+    wide, params = make("float32")
+    run(wide, params, range(1, 2))
+    narrow, others = through(reloaded(wide.state_dict()), "bfloat16")
+    for p, q in zip(params, others, strict=True):
+        assert same_tensor_bits(narrow.state[q]["exp_avg_sq"], wide.state[p]["exp_avg_sq"].to(BF16))
+    back, again = through(reloaded(narrow.state_dict()), "float32")
+    for p, q in zip(others, again, strict=True):
+        assert same_tensor_bits(back.state[q]["exp_avg_sq"], narrow.state[p]["exp_avg_sq"].float())
+
+
+def test_a_torch_checkpoint_becomes_narrow_and_ours_torch_s() -> None:
+    params = make_params(SHAPES)
+    theirs = torch.optim.AdamW(params, lr=0.05)
+    run(theirs, params, range(1, 4))
+    ours, others = made(of_class("adamw"), REFERENCE)
+    ours.load_state_dict(lookahead_fused.convert(theirs.state_dict(), "torch"))
+    run(ours, others, range(4, 6))
+    assert all(ours.state[p]["exp_avg"].dtype == BF16 for p in others)
+    back = torch.optim.AdamW(make_params(SHAPES), lr=0.05)
+    back.load_state_dict(ours.state_dict())
+    (own, *_) = back.state.values()
+    assert own["exp_avg"].dtype == FP32
+    assert torch.equal(own["exp_avg"], ours.state[others[0]]["exp_avg"].float())
+
+
+def test_a_base_that_is_stepped_alone_finds_its_own_dtypes() -> None:
+    params = make_params(SHAPES)
+    base = torch.optim.AdamW(params, lr=0.05, foreach=True)
+    optimizer = Lookahead(base, state_dtype="bfloat16")
+    run(optimizer, params, range(1, 3))
+    run(base, params, range(3, 4))
+    assert all(base.state[p]["exp_avg"].dtype == FP32 for p in params)
+    run(optimizer, params, range(4, 5))
+    assert all(base.state[p]["exp_avg"].dtype == BF16 for p in params)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what is refused
+
+
+@pytest.mark.parametrize("value", ["int8", "float16", torch.bfloat16, None])
+def test_another_dtype_is_refused(value: Any) -> None:
+    said = re.escape(f"state_dtype must be one of 'float32', 'bfloat16', got {value!r}")
+    with pytest.raises(ValueError, match=f"^{said}"):
+        lookahead_fused.LookaheadAdamW(make_params(), state_dtype=value)
+    with pytest.raises(ValueError, match=f"^{said}"):
+        Lookahead(torch.optim.AdamW(make_params()), state_dtype=value)
+    with pytest.raises(ValueError, match=f"^lookahead_{said}"):
+        Lookahead(torch.optim.AdamW([{"params": make_params(), "lookahead_state_dtype": value}]))
+
+
+def test_fp64_parameters_are_refused(backend: BackendCase) -> None:
+    with pytest.raises(TypeError, match=r"^a parameter must not be float64 with state_dtype='bfloat16'"):
+        lookahead_fused.LookaheadAdamW(make_params(dtype=FP64), state_dtype="bfloat16")
+    with pytest.raises(TypeError, match=r"^a parameter must not be float64 with ema_state_dtype='bfloat16'"):
+        EMA(torch.optim.AdamW(make_params(dtype=FP64)), state_dtype="bfloat16")
+    optimizer, params = made(of_class("adamw"), backend)
+    run(optimizer, params, range(1, 2))
+    params[1].data = params[1].data.double()
+    params[1].grad = None
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(TypeError, match=r"^parameter 1 of group 0 must not be float64 with state_dtype='bfloat16'"):
+        run(optimizer, params, range(2, 3))
+    after = optimizer.state_dict()["state"]
+    assert all(same_tensor_bits(before[i][name], after[i][name]) for i in before for name in before[i])
+
+
+@pytest.mark.parametrize("wrapper", [Lookahead, EMA, GPA, ScheduleFree])
+@pytest.mark.parametrize("base", EXTERNAL_CLASSES)
+def test_a_base_that_is_not_fused_is_refused(wrapper: Any, base: str) -> None:
+    said = "state_dtype must be 'float32' around an optimizer whose step is its own, got 'bfloat16'"
+    with pytest.raises(ValueError, match=f"^{said}"):
+        wrapper(EXTERNAL_CLASSES[base](make_params()), state_dtype="bfloat16")
+    optimizer = wrapper(EXTERNAL_CLASSES[base](make_params()))
+    prefix = optimizer.policy.prefix
+    with pytest.raises(ValueError, match=f"^{prefix}{said}"):
+        optimizer.add_param_group({"params": make_params(), prefix + "state_dtype": "bfloat16"})
+
+
+def test_centered_rmsprop_is_refused(backend: BackendCase) -> None:
+    """The variance is a difference of two moments: rounded, it may fall below 0, and its root is NaN."""
+    said = r"state_dtype must be 'float32' with centered=True, got 'bfloat16'"
+    with pytest.raises(ValueError, match=f"^{said}"):
+        lookahead_fused.LookaheadRMSprop(make_params(), centered=True, state_dtype="bfloat16")
+    with pytest.raises(ValueError, match=f"^(gpa_)?{said}"):
+        GPA(torch.optim.RMSprop(make_params(), centered=True), state_dtype="bfloat16")
+    optimizer, params = made(of_class("rmsprop"), backend)
+    run(optimizer, params, range(1, 2))
+    optimizer.param_groups[0]["centered"] = True
+    with pytest.raises(ValueError, match=f"^{said}"):
+        run(optimizer, params, range(2, 3))
+
+
+def test_a_lion_that_is_wrapped_leaves_it_to_the_wrapper() -> None:
+    said = re.escape("base_optimizer must have state_dtype='float32', got 'bfloat16': give state_dtype='bfloat16' to")
+    with pytest.raises(ValueError, match=f"^{said}"):
+        EMA(Lion(make_params(), state_dtype="bfloat16"))
