@@ -14,13 +14,13 @@ from ._tensors import compute_dtype
 # Beside the default, in which moments are kept as they are computed.
 _NARROW = {"bfloat16": torch.bfloat16}
 
-_DOCUMENTED = """state_dtype: In which dtype the moments lie in memory, and pullback's copy of the first: "float32" (fp64
-            for fp64 parameters), or "bfloat16" for half of it. They are computed in fp32 and rounded up or down at
-            random, so that their mean is the number: to the nearest, a second moment would not get smaller at beta2 =
-            0.999. What is drawn is a hash of `step` and the element's place: the same bits on every backend and in a
-            resumed run. State that is loaded comes into this dtype in the next step, rounded to the nearest; the choice
-            is not a checkpoint's. "bfloat16" is refused for fp64 parameters, around an optimizer whose step is its own,
-            and with RMSprop's `centered`."""
+_DOCUMENTED = """state_dtype: In which dtype the moments lie in memory, and pullback's copy of the first:
+            "float32" (fp64 for fp64 parameters), or "bfloat16" for half of it. They are computed in fp32 and rounded up
+            or down at random, so that their mean is the number: to the nearest, a second moment would not get smaller
+            at beta2 = 0.999. What is drawn is a hash of `step` and the element's place: the same bits on every backend
+            and in a resumed run. State that is loaded comes into this dtype in the next step, rounded to the nearest;
+            the choice is not a checkpoint's. "bfloat16" is refused for fp64 parameters, around an optimizer whose step
+            is its own, and with RMSprop's `centered`."""
 
 _Class = TypeVar("_Class", bound=type[Any])
 

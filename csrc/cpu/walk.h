@@ -30,7 +30,7 @@ struct Walk {
     struct Arrays {
         P* param;
         const G* grad;
-        T* master;
+        Master<P>* master;
         StateArrays<Rule, T, S> state;
         uint32_t place;  // of its first element in the row, with the row's key for rounding
     };
@@ -44,7 +44,7 @@ struct Walk {
         Arrays at;
         at.param = static_cast<P*>(row.column[PARAM]) + offset;
         at.grad = Rule::reads_gradient ? static_cast<const G*>(row.column[GRAD]) + offset : nullptr;
-        at.master = part<T>(row.column[MASTER], offset);
+        at.master = part<Master<P>>(row.column[MASTER], offset);
         at.state.slow = part<T>(row.column[SLOW], offset);
         at.state.companion = part<T>(row.column[COMPANION], offset);
         at.state.cached = part<S>(row.column[CACHED_MOMENT], offset);
@@ -65,7 +65,8 @@ struct Walk {
             Memory<T, WIDTH, std::decay_t<decltype(*to)>>::store(to + i, value);
         };
         const StateArrays<Rule, T, S>& state = at.state;
-        V p = at.master != nullptr ? load(at.master) : load(at.param);
+        using WithMaster = MasterMemory<T, WIDTH, P>;
+        V p = at.master != nullptr ? WithMaster::load(at.param + i, at.master + i) : load(at.param);
         V moment[Rule::MOMENTS] = {};
         for (int m = 0; m < Rule::MOMENTS; ++m) {
             if (state.moment[m] != nullptr) moment[m] = load(state.moment[m]);
@@ -111,8 +112,11 @@ struct Walk {
         }
         // What is not computed here and not changed here stays as it is, also where it was rounded.
         if (!Rule::reads_gradient && !step.slow.restarts) return;
-        if (at.master != nullptr) store(at.master, p);
-        store(at.param, p);
+        if (at.master != nullptr) {
+            WithMaster::store(at.param + i, at.master + i, p);
+        } else {
+            store(at.param, p);
+        }
     }
 
     // An address past the end of a tensor is harmless here.

@@ -271,7 +271,7 @@ void retain_for_graph(cudaStream_t stream, void* object, void (*release)(void*))
 
 void load_kernels(int device) {
     const DeviceGuard guard(device);
-    load(*find_kernel(External::name, Dtype::FLOAT32, Dtype::FLOAT32), device);
+    load(*find_kernel(External::name, Dtype::FLOAT32, Dtype::FLOAT32, Dtype::FLOAT32), device);
 }
 
 int device_count() {

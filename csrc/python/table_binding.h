@@ -117,7 +117,7 @@ class TableBinding {
     Dtype param_dtype_, grad_dtype_, state_dtype_;
     dlpack::DataType column_dtype_[COLUMNS];
     // Of the tensors that were last described, by the type of their column.
-    TorchShim::Marks marks_[5];
+    TorchShim::Marks marks_[ColumnFacts::TYPES];
     py::tuple entries_;
     py::object conform_;
     int64_t chunk_elements_;

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .. import _masters as masters
 from .._hyperparameters import Argument
 from .._parts import Part, PlainPart, Spec
 from .._policies import START, Ema, Gpa, Lookahead
@@ -172,7 +173,7 @@ def _alone(
 
 
 def _weights(row: Row) -> Tensor:
-    return (row.param if row.master is None else row.master).to(row.compute_dtype, copy=True)
+    return masters.read(row.param, row.master).to(row.compute_dtype, copy=True)
 
 
 def _write(row: Row, spec: Spec, after: After, moments: Mapping[str, Tensor], updates: int, own_pass: bool) -> None:
@@ -183,9 +184,7 @@ def _write(row: Row, spec: Spec, after: After, moments: Mapping[str, Tensor], up
             made = rounded(made.to(row.compute_dtype), row.param, place, updates, own_pass)
         kept.copy_(made)
 
-    if row.master is not None:
-        row.master.copy_(after.p)
-    row.param.copy_(after.p)
+    masters.write(after.p, row.param, row.master)
     for kept, made in ((row.slow, after.slow), (row.companion, after.companion)):
         if made is not None and made is not kept:
             assert kept is not None

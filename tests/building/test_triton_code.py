@@ -38,16 +38,43 @@ def targets(*names: str) -> Any:
 
 RULES = ("adam", "sgd", "external")
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-PATTERNS = ((FP32, FP32), (BF16, FP32), (FP16, FP16), (FP64, FP64))
+# Of parameters, gradients and moments.
+PATTERNS = (
+    (FP32, FP32, FP32),
+    (BF16, FP32, FP32),
+    (FP16, FP16, FP32),
+    (FP64, FP64, FP64),
+    (FP32, FP32, BF16),
+    (BF16, BF16, BF16),
+)
 # For one target each of these is compiled with every pattern, and the further rules and the policies that average,
 # which have a walk of their own, with some. Up to its last stages Triton makes the same of a kernel for every target:
 # of AMD's, one has every rule and every pattern; the others have every pattern, and the largest rule in each width that
 # it computes in.
 IN_FULL = "sm_90"
-FURTHER = (("rmsprop", 0), ("rmsprop", 3), ("radam", 1), ("lion", 2))
-AVERAGED = (("adam averaged", 0), ("adam averaged", 1), ("rmsprop averaged", 3), ("external averaged", 0))
-IN_PART = {"gfx942": (("adam", 0), ("adam", 1), ("adam", 3), ("sgd", 2), ("external", 3), *FURTHER, *AVERAGED)}
-LEAST = (("adam", 0), ("adam averaged", 1), ("adam", 3), ("sgd", 2))
+FURTHER = (("rmsprop", 0), ("rmsprop", 3), ("radam", 1), ("lion", 2), ("rmsprop", 4), ("lion", 5))
+AVERAGED = (
+    ("adam averaged", 0),
+    ("adam averaged", 1),
+    ("rmsprop averaged", 3),
+    ("external averaged", 0),
+    ("radam averaged", 4),
+    ("adam averaged", 5),
+)
+IN_PART = {
+    "gfx942": (
+        ("adam", 0),
+        ("adam", 1),
+        ("adam", 3),
+        ("adam", 4),
+        ("adam", 5),
+        ("sgd", 2),
+        ("external", 3),
+        *FURTHER,
+        *AVERAGED,
+    )
+}
+LEAST = (("adam", 0), ("adam averaged", 1), ("adam", 3), ("sgd", 2), ("adam", 4), ("adam averaged", 5))
 # Those that divide, and take a root.
 DIVIDES = ("adam", "rmsprop", "radam")
 # Which arrays a walk reads and writes, each in one place; but phi, which starts in one place and is synced in another.
@@ -78,6 +105,7 @@ ARRAYS = {
     "external": {"param": "rw", "slow": "rw", "cached": "rw", "companion": "rw", "m0": "rw"},
     "adam averaged": {"param": "rw", "grad": "r", "slow": "rw", "m0": "rw", "m1": "rw", "m2": "rw"},
     "rmsprop averaged": {"param": "rw", "grad": "r", "slow": "rw", "m0": "rw", "m1": "rw", "m2": "rw"},
+    "radam averaged": {"param": "rw", "grad": "r", "slow": "rw", "m0": "rw", "m1": "rw"},
     "external averaged": {"param": "rw", "slow": "w", "companion": "rw"},
 }
 
@@ -92,11 +120,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @functools.cache
-def compiled(target: str, kernel: str, rule: str, param: torch.dtype, grad: torch.dtype) -> Any:
+def compiled(target: str, kernel: str, rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> Any:
     """A kernel as the backend would have it compiled, from the second step on as from the first."""
     kernels = triton_backend.kernels()
     warps = 1 if kernel == "rows" else kernels.THREADS // gpu(target).warp_size
-    return compiled_for(target, source(kernels, kernel, rule, param, grad), warps)
+    return compiled_for(target, source(kernels, kernel, rule, param, grad, state), warps)
 
 
 @functools.cache
@@ -126,7 +154,9 @@ def compiled_for(target: str, asked: Any, warps: int) -> Any:
     return triton.compile(asked, target=gpu(target), options={"enable_fp_fusion": False, "num_warps": warps})
 
 
-def source(kernels: ModuleType, kernel: str, rule: str, param: torch.dtype, grad: torch.dtype) -> Any:
+def source(
+    kernels: ModuleType, kernel: str, rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype
+) -> Any:
     """A kernel for its compiler."""
     from triton.compiler import ASTSource
 
@@ -147,6 +177,7 @@ def source(kernels: ModuleType, kernel: str, rule: str, param: torch.dtype, grad
         "averages": policy.averages,
         "P": kernels.DTYPES[param],
         "G": kernels.DTYPES[grad],
+        "S": kernels.DTYPES[state],
     }
     function = getattr(kernels, kernel)
     signature = {name: types.get(name, "constexpr") for name in function.arg_names}
@@ -155,35 +186,43 @@ def source(kernels: ModuleType, kernel: str, rule: str, param: torch.dtype, grad
     return ASTSource(function, signature, constexprs=constants, attrs=aligned)
 
 
+def is_narrow(state: torch.dtype) -> bool:
+    return state.itemsize < 4
+
+
 def is_averaged(rule: str) -> bool:
     return rule.endswith("averaged")
 
 
-def walks(target: str) -> Iterator[tuple[str, str, torch.dtype, torch.dtype, Any]]:
+def walks(target: str) -> Iterator[tuple[str, str, torch.dtype, torch.dtype, torch.dtype, Any]]:
     in_full = (*itertools.product(RULES, range(len(PATTERNS))), *FURTHER, *AVERAGED)
     for rule, i in in_full if target == IN_FULL else IN_PART.get(target, LEAST):
         pattern = PATTERNS[i]
-        yield f"{rule} of {pattern[0]} on {target}", rule, *pattern, compiled(target, "chunks", rule, *pattern)
+        moments = " with narrow moments" if is_narrow(pattern[2]) else ""
+        yield f"{rule} of {pattern[0]}{moments} on {target}", rule, *pattern, compiled(target, "chunks", rule, *pattern)
 
 
 def every_kernel(target: str) -> Iterator[tuple[str, Any]]:
-    for where, rule, param, grad, walk in walks(target):
+    for where, rule, param, grad, state, walk in walks(target):
         yield where, walk
-        if param in (FP32, FP64):
-            yield f"rows of {where}", compiled(target, "rows", rule, param, grad)
+        if param in (FP32, FP64) and not is_narrow(state):
+            yield f"rows of {where}", compiled(target, "rows", rule, param, grad, state)
     for grad in (FP32, BF16, FP16, FP64) if target == IN_FULL else (BF16,):
         yield f"squares of {grad} on {target}", compiled_norm(target, "squares", grad)
     yield f"clip on {target}", compiled_norm(target, "clip", FP64)
 
 
-def sizes(rule: str, param: torch.dtype, grad: torch.dtype) -> dict[str, tuple[int, int]]:
+def sizes(rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> dict[str, tuple[int, int]]:
     """For each array the bytes for each element that the code reads and writes, whatever of it a step runs."""
     compute = 8 if param == FP64 else 4
     size = Counter({"param": param.itemsize, "grad": grad.itemsize})
+    size |= dict.fromkeys(("cached", "m0", "m1", "m2"), state.itemsize)
     arrays = dict(ARRAYS[rule])
     if param.itemsize < compute:
         arrays["master"] = "rw"
-        if is_averaged(rule):
+        if param == BF16:
+            size["master"] = 2
+        elif is_averaged(rule):
             arrays["param"] = "w"
     return {n: tuple(uses.count(use) * (size[n] or compute) for use in "rw") for n, uses in arrays.items()}  # type: ignore[misc]
 
@@ -225,7 +264,7 @@ def test_no_edited_kernel_is_taken_from_disk(
         monkeypatch.setattr(sys, "dont_write_bytecode", True)
         linecache.clearcache()
         *_, module, _ = triton_on_host.kernels_again(tmp_path)
-        found: str = source(module, kernel, "adam", FP32, FP32).hash()
+        found: str = source(module, kernel, "adam", FP32, FP32, FP32).hash()
         return found
 
     before = key()
@@ -299,19 +338,21 @@ class Ptx:
 def test_bytes_for_each_element(target: str) -> None:
     """Counted per array in the unmasked path, all of it in accesses of 16 bytes. Under no mask are the arrays that
     every row has; the others are asked for in the same accesses, by a predicate of their own."""
-    for where, rule, param, grad, walk in walks(target):
+    for where, rule, param, grad, state, walk in walks(target):
         moved: Counter[tuple[str, str]] = Counter()
         always: Counter[str] = Counter()
         for use, array, masked in Ptx(walk.asm["ptx"]).accesses():
             # 16 bytes of each of 128 threads, for 1024 elements.
             moved[array, use] += 2
             always[array] += 0 if masked else 2
-        expected = sizes(rule, param, grad)
+        expected = sizes(rule, param, grad, state)
         assert {name: (moved[name, "r"], moved[name, "w"]) for name in {name for name, _ in moved}} == expected, where
-        if rule == "adam" and param == FP32:
+        if rule == "adam" and param == FP32 and not is_narrow(state):
             assert always == {"param": 8, "grad": 4, "slow": 8, "m0": 0, "m1": 0, "m2": 0, "cached": 0, "companion": 0}
         if rule == "adam" and param == BF16:
-            # A master takes the parameter's place where it is read.
+            assert (always["param"], always["master"]) == (4, 0)
+        if rule == "adam" and param == FP16:
+            # A whole master takes the parameter's place where it is read.
             assert (always["param"], always["master"]) == (2, 0)
 
 
@@ -326,7 +367,7 @@ def test_ptx_rounds_operation_by_operation(target: str) -> None:
         assert re.findall(r"\b(?:add|sub|mul|div|sqrt)\.f(?:32|64)", text) == [], where
         # The assembler of Triton 3.6 fuses these with a sum, rounded as they say or not.
         assert not (BEFORE_3_7 and "mul.rn.f32x2" in text), where
-    for where, rule, param, _, walk in walks(target):
+    for where, rule, param, _, _, walk in walks(target):
         text = walk.asm["ptx"]
         width = "f64" if param == FP64 else "f32"
         for operation in ("div", "sqrt"):
@@ -379,9 +420,9 @@ def test_amd_code(target: str) -> None:
         if "linker" not in str(error):
             raise
         pytest.skip(f"links with a program that triton {triton_backend.version()} does not bring: {error}")
-    for where, rule, param, grad, walk in walks(target):
+    for where, rule, param, grad, state, walk in walks(target):
         text = walk.asm["amdgcn"]
-        reads, writes = (sum(uses) // 2 for uses in zip(*sizes(rule, param, grad).values(), strict=True))
+        reads, writes = (sum(uses) // 2 for uses in zip(*sizes(rule, param, grad, state).values(), strict=True))
         # The table too is read 16 bytes at a time where its words lie side by side.
         assert len(re.findall(r"\bglobal_load_dwordx4\b", text)) >= reads, where
         stores = len(re.findall(r"\bglobal_store_dwordx4\b", text))
