@@ -120,13 +120,14 @@ def version_counter(owner: Tensor) -> tuple[Tensor, ...] | None:
     takes. The first of these is referred to by the second, a view of it, and takes 23. It holds none of the owner's
     memory, which stays its user's to free, and not the owner, which torch.utils.swap_tensors wants for itself.
 
+    Of a DTensor this is a plain tensor: what its class has to say of `detach` is left out.
+
     None: an inference tensor, which has no version.
     """
     if owner.is_inference():
         return None
-    if not is_plain(owner):
-        return (owner,)
-    alias = owner.detach()
+    with torch._C._DisableTorchDispatch():
+        alias = owner.detach()
     alias.data = torch.empty(0, dtype=alias.dtype, device=alias.device)
     return alias, alias.view_as(alias)
 
