@@ -1,5 +1,5 @@
-"""What a step over DTensors costs the host beyond one over plain tensors: no work of Python's for each, and no memory that
-grows from step to step."""
+"""What a step over DTensors costs the host beyond one over plain tensors: no work of Python's for each, and no memory
+that grows from step to step."""
 
 from __future__ import annotations
 
