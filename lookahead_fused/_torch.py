@@ -33,8 +33,10 @@ def opaque_to_compile(function: _Function) -> _Function:
 
 
 def with_hooks(step: Step) -> Step:
-    """A class's step, with what torch would put around it."""
+    """A class's step, with what torch would put around it; opaque as a whole, or hooks would be graph breaks of their
+    own."""
 
+    @opaque_to_compile
     @functools.wraps(step)
     def stepped(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         return call_with_hooks(step, optimizer, *args, **kwargs)
