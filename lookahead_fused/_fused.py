@@ -16,7 +16,6 @@ from ._norm import GlobalNorm, documents_norm
 from ._policies import Lookahead
 from ._slow_weights import Interpolating
 from ._table import Table
-from ._torch import opaque_to_compile
 from ._workers import Workers
 
 if TYPE_CHECKING:
@@ -105,7 +104,6 @@ class Fused(Hooked):
         for switch in checkpoint.TORCH_SWITCHES:
             self.param_groups[-1].pop(switch, None)
 
-    @opaque_to_compile
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Advances every parameter that has a gradient by one step; with Lookahead, and syncs those whose turn it is.
 

@@ -11,6 +11,7 @@ from . import _policies as policies
 from ._norm import GlobalNorm, documents_norm
 from ._slow_weights import Interpolating
 from ._table import Table
+from ._torch import opaque_to_compile
 from ._workers import Workers
 from ._wrapper import FIRST_MOMENTS, Wrapper
 
@@ -102,6 +103,7 @@ class Lookahead(Wrapper, Interpolating):
             backend=backend,
         )
 
+    @opaque_to_compile
     def sync(self) -> None:
         """Interpolates now: every parameter that had a step gets phi <- phi + alpha (theta - phi), theta <- phi.
 

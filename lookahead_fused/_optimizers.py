@@ -25,7 +25,7 @@ class LookaheadAdam(FusedLookahead):
         lr: Learning rate, a float >= 0 or a tensor of one element.
         betas: Decay rates of the two moments, a pair of floats in [0, 1).
         eps: Added to the denominator, a float >= 0.
-        weight_decay: L2 penalty, a float >= 0.
+        weight_decay: L2 penalty, a float >= 0 or a tensor of one element.
         amsgrad: Divide by the largest second moment so far (Reddi et al. 2018, algorithm 2).
         maximize: Ascend instead of descend.
         decoupled_weight_decay: Decay as AdamW does."""
@@ -38,7 +38,7 @@ class LookaheadAdam(FusedLookahead):
         lr: float | Tensor = 1e-3,
         betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         amsgrad: bool = False,
         *,
         foreach: bool | None = None,
@@ -87,7 +87,7 @@ class LookaheadAdamW(LookaheadAdam):
         lr: Learning rate, a float >= 0 or a tensor of one element.
         betas: Decay rates of the two moments, a pair of floats in [0, 1).
         eps: Added to the denominator, a float >= 0.
-        weight_decay: Decoupled weight decay, a float >= 0.
+        weight_decay: Decoupled weight decay, a float >= 0 or a tensor of one element.
         amsgrad: Divide by the largest second moment so far (Reddi et al. 2018, algorithm 2).
         maximize: Ascend instead of descend."""
 
@@ -97,7 +97,7 @@ class LookaheadAdamW(LookaheadAdam):
         lr: float | Tensor = 1e-3,
         betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        weight_decay: float | Tensor = 1e-2,
         amsgrad: bool = False,
         *,
         maximize: bool = False,
@@ -155,7 +155,7 @@ class LookaheadSGD(FusedLookahead):
         lr: Learning rate, a float >= 0 or a tensor of one element.
         momentum: Decay rate of the momentum buffer, a float >= 0; with 0 there is no buffer.
         dampening: How much of a gradient is kept out of the buffer, a float.
-        weight_decay: L2 penalty, a float >= 0.
+        weight_decay: L2 penalty, a float >= 0 or a tensor of one element.
         nesterov: Nesterov's form; needs momentum and no dampening.
         maximize: Ascend instead of descend."""
 
@@ -167,7 +167,7 @@ class LookaheadSGD(FusedLookahead):
         lr: float | Tensor = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         nesterov: bool = False,
         *,
         maximize: bool = False,
@@ -214,7 +214,7 @@ class LookaheadRMSprop(FusedLookahead):
         lr: Learning rate, a float >= 0 or a tensor of one element.
         alpha: Decay rate of the squared gradients' average, a float >= 0.
         eps: Added to the denominator, a float >= 0.
-        weight_decay: L2 penalty, a float >= 0.
+        weight_decay: L2 penalty, a float >= 0 or a tensor of one element.
         momentum: Decay rate of the momentum buffer, a float >= 0; with 0 there is no buffer, and pullback_momentum must
             be "none".
         centered: Take the gradients' average off before the root: divide by their standard deviation.
@@ -229,7 +229,7 @@ class LookaheadRMSprop(FusedLookahead):
         lr: float | Tensor = 1e-2,
         alpha: float = 0.99,
         eps: float = 1e-8,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         momentum: float = 0,
         centered: bool = False,
         capturable: bool = False,
@@ -279,7 +279,7 @@ class LookaheadRAdam(FusedLookahead):
         lr: Learning rate, a float >= 0 or a tensor of one element.
         betas: Decay rates of the two moments, a pair of floats in [0, 1).
         eps: Added to the denominator, a float >= 0.
-        weight_decay: L2 penalty, a float >= 0.
+        weight_decay: L2 penalty, a float >= 0 or a tensor of one element.
         decoupled_weight_decay: Decay as AdamW does.
         maximize: Ascend instead of descend."""
 
@@ -291,7 +291,7 @@ class LookaheadRAdam(FusedLookahead):
         lr: float | Tensor = 1e-3,
         betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         decoupled_weight_decay: bool = False,
         *,
         foreach: bool | None = None,
@@ -339,7 +339,7 @@ class LookaheadLion(FusedLookahead):
         params: Tensors, named tensors or parameter groups, as in torch.optim.
         lr: Learning rate, a float >= 0 or a tensor of one element.
         betas: How much of the momentum goes into an update, and its decay rate: a pair of floats in [0, 1).
-        weight_decay: Decoupled weight decay, a float >= 0.
+        weight_decay: Decoupled weight decay, a float >= 0 or a tensor of one element.
         maximize: Ascend instead of descend."""
 
     rule = rules.LION
@@ -349,7 +349,7 @@ class LookaheadLion(FusedLookahead):
         params: ParamsT,
         lr: float | Tensor = 1e-4,
         betas: Betas = (0.9, 0.99),
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         *,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -397,7 +397,7 @@ class Lion(Fused):
         params: Tensors, named tensors or parameter groups, as in torch.optim.
         lr: Learning rate, a float >= 0 or a tensor of one element.
         betas: How much of the momentum goes into an update, and its decay rate: a pair of floats in [0, 1).
-        weight_decay: Decoupled weight decay, a float >= 0.
+        weight_decay: Decoupled weight decay, a float >= 0 or a tensor of one element.
         maximize: Ascend instead of descend.
         foreach, capturable: Accepted and without effect: every number that may differ between two replays of a captured
             graph lives on the device.
@@ -425,7 +425,7 @@ class Lion(Fused):
         params: ParamsT,
         lr: float | Tensor = 1e-4,
         betas: Betas = (0.9, 0.99),
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         *,
         maximize: bool = False,
         foreach: bool | None = None,

@@ -42,7 +42,12 @@ def _switch(key: str, default: bool = False) -> Argument:
     return Argument(key, Switch(), (key,), default=default)
 
 
-_LR = Argument("lr", NumberOrTensor("a float >= 0 or a tensor of one element", at_least=0.0), ("lr",))
+def _live(key: str) -> Argument:
+    return Argument(key, NumberOrTensor("a float >= 0 or a tensor of one element", at_least=0.0), (key,))
+
+
+# See MAX_LIVE in csrc/table/table.h.
+_LR, _WEIGHT_DECAY = _live("lr"), _live("weight_decay")
 _BETA = Number("a float in [0, 1)", at_least=0.0, at_most=BELOW_ONE)
 _BETAS = Argument("betas", Pair("a pair of floats in [0, 1)", each=_BETA), ("beta1", "beta2"))
 
@@ -52,7 +57,7 @@ ADAM = Rule(
         _LR,
         _BETAS,
         _number("eps"),
-        _number("weight_decay"),
+        _WEIGHT_DECAY,
         _switch("decoupled_weight_decay"),
         _switch("amsgrad"),
         _switch("maximize"),
@@ -82,7 +87,7 @@ SGD = Rule(
         _LR,
         _number("momentum", presence=True),
         _number("dampening", "a float", at_least=-float("inf")),
-        _number("weight_decay"),
+        _WEIGHT_DECAY,
         _switch("nesterov"),
         _switch("maximize"),
     ),
@@ -98,7 +103,7 @@ RMSPROP = Rule(
         _LR,
         _number("alpha"),
         _number("eps"),
-        _number("weight_decay"),
+        _WEIGHT_DECAY,
         _number("momentum", presence=True),
         _switch("centered"),
         _switch("maximize"),
@@ -121,7 +126,7 @@ LION = Rule(
     arguments=(
         _LR,
         _BETAS,
-        _number("weight_decay"),
+        _WEIGHT_DECAY,
         _switch("maximize"),
     ),
     moments=("exp_avg",),

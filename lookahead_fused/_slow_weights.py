@@ -16,6 +16,7 @@ from ._hyperparameters import check_whole
 from ._interrupts import uninterrupted
 from ._norm import Clip, GlobalNorm
 from ._swap import Swap
+from ._torch import opaque_to_compile
 from ._workers import ARGUMENT, Turn, Workers
 
 
@@ -214,6 +215,7 @@ class Interpolating(SlowWeights):
         else:
             self._workers.step(self._table, self.param_groups, self.state, grad_scale, found_inf, norm, turn)
 
+    @opaque_to_compile
     def sync(self) -> None:
         """Interpolates now: every parameter that had a step gets phi <- phi + alpha (theta - phi), theta <- phi.
 

@@ -61,6 +61,19 @@ def _check_placement(gradient: Any, param: Any, name: str) -> None:
         )
 
 
+def _check_shard(gradient: Any, param: Any, name: str) -> None:
+    """What lies on this rank of a gradient that is placed as its parameter is: a DTensor made by hand may tell
+    otherwise, and a copy would spread too few numbers over all."""
+    if not is_dtensor(param) or gradient.placements != param.placements:
+        return
+    lies, own = local_tensor(gradient), local_tensor(param)
+    if (lies.shape, lies.dtype) != (own.shape, gradient.dtype):
+        raise ValueError(
+            f"the gradient of {name} must have the parameter's shape {tuple(own.shape)} on this rank, in "
+            f"{gradient.dtype}, got {tuple(lies.shape)} in {lies.dtype}"
+        )
+
+
 def is_dense(tensor: Tensor) -> bool:
     """The elements fill a block of memory once each, in whatever order of dimensions, and stand there as they are."""
     if tensor.is_neg():
@@ -202,4 +215,5 @@ def check_gradient(gradient: Tensor, param: Tensor, name: str) -> None:
             f"the gradient of {name} must have the parameter's shape {tuple(param.shape)} and device {param.device}, "
             f"got {tuple(gradient.shape)} and {gradient.device}"
         )
+    _check_shard(gradient, param, name)
     check_memory(local_tensor(gradient), f"the gradient of {name}")

@@ -33,8 +33,10 @@ def opaque_to_compile(function: _Function) -> _Function:
 
 
 def with_hooks(step: Step) -> Step:
-    """A class's step, with what torch would put around it."""
+    """A class's step, with what torch would put around it; opaque as a whole, or hooks would be graph breaks of their
+    own."""
 
+    @opaque_to_compile
     @functools.wraps(step)
     def stepped(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         return call_with_hooks(step, optimizer, *args, **kwargs)
@@ -120,13 +122,14 @@ def version_counter(owner: Tensor) -> tuple[Tensor, ...] | None:
     takes. The first of these is referred to by the second, a view of it, and takes 23. It holds none of the owner's
     memory, which stays its user's to free, and not the owner, which torch.utils.swap_tensors wants for itself.
 
+    Of a DTensor this is a plain tensor: what its class has to say of `detach` is left out.
+
     None: an inference tensor, which has no version.
     """
     if owner.is_inference():
         return None
-    if not is_plain(owner):
-        return (owner,)
-    alias = owner.detach()
+    with torch._C._DisableTorchDispatch():
+        alias = owner.detach()
     alias.data = torch.empty(0, dtype=alias.dtype, device=alias.device)
     return alias, alias.view_as(alias)
 

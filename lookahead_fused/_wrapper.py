@@ -23,7 +23,7 @@ from ._rows import start_cached, start_slow
 from ._slow_weights import SlowWeights
 from ._table import Table
 from ._tensors import local_tensor
-from ._torch import call_with_hooks, keeps_its_state_elsewhere, opaque_to_compile
+from ._torch import call_with_hooks, keeps_its_state_elsewhere
 
 # By exact type: a subclass may step differently.
 _FUSED = {
@@ -137,7 +137,6 @@ class Wrapper(SlowWeights):
         self._on_training_weights(change)
         return True
 
-    @opaque_to_compile
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the base optimizer on every parameter with a gradient, and the event of those whose turn it is.

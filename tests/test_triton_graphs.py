@@ -89,6 +89,26 @@ def test_replays_are_steps(host: Any, rule: str) -> None:
 
 
 @needs_interpreter
+@pytest.mark.parametrize("rule", RULES)
+def test_replays_read_a_weight_decay_that_is_a_tensor(host: Any, rule: str) -> None:
+    """Also where there is none meanwhile."""
+    runs = []
+    for captured in (False, True):
+        decay = torch.tensor(0.5)
+        params = make_params([(5,), (300,)])
+        optimizer = make_optimizer(rule, params, HOST, **{**RULES[rule], "weight_decay": decay})
+        set_grads(params, 0)
+        optimizer.step()
+        graph = Graph(host, optimizer) if captured else None
+        for value in (0.25, 0.0, 1.0):
+            decay.fill_(value)
+            optimizer.step() if graph is None else graph.replay()
+        runs.append(params)
+    for p, q in zip(*runs, strict=True):
+        assert same_tensor_bits(p, q)
+
+
+@needs_interpreter
 def test_replays_take_the_norm(host: Any) -> None:
     """Each of the gradients as they are then; a replay may skip its step, and counts that."""
     runs = []

@@ -88,7 +88,7 @@ TableBinding::TableBinding(py::handle tensor_type, TensorReader::Way fastest, co
 }
 
 void TableBinding::set_device(py::handle tensor) {
-    PyObject* const lies = local(tensor.ptr());
+    PyObject* const lies = shards_.local(tensor.ptr());
     if (lies == nullptr || !reader_.describe(lies, device_)) {
         throw py::value_error("a parameter's memory cannot be described");
     }
@@ -112,8 +112,8 @@ void TableBinding::add_row(py::object owner, py::object copy, py::dict state, in
     tensors.acts_on_moment = acts_on_moment;
     tensors.version = version.is_none() ? nullptr : py::tuple(version)[0].ptr();
     tensors.own_gradient = reader_.has_own_gradient(Py_TYPE(owner.ptr()));
-    PyObject* const param = tensors.copy != nullptr ? tensors.copy : local(owner.ptr());
-    tensors.conform = param != owner.ptr();
+    PyObject* const param = tensors.copy != nullptr ? tensors.copy : shards_.local(owner.ptr());
+    tensors.is_shard = tensors.copy == nullptr && param != owner.ptr();
     if (param == nullptr || !reader_.describe(param, tensors.layout)) {
         throw py::value_error("a parameter's memory cannot be described");
     }
@@ -142,6 +142,7 @@ void TableBinding::add_row(py::object owner, py::object copy, py::dict state, in
     layouts_.push_back(std::move(layout));
     rows_.push_back(plain);
     tensors_.push_back(tensors);
+    alike_.emplace_back();
     gradients_.push_back(nullptr);
     const size_t row = rows_.size() - 1;
     try {
@@ -152,6 +153,7 @@ void TableBinding::add_row(py::object owner, py::object copy, py::dict state, in
         layouts_.pop_back();
         rows_.pop_back();
         tensors_.pop_back();
+        alike_.pop_back();
         gradients_.pop_back();
         throw;
     }
@@ -190,20 +192,6 @@ bool TableBinding::find(PyObject* tensor, int column, size_t i, void** address) 
     return *address != nullptr && reader_.holds(tensor, elements, column_dtype_[column].bits / 8);
 }
 
-// A shard, for a DTensor; borrowed. Null for what is neither that nor a tensor with memory of its own.
-PyObject* TableBinding::local(PyObject* tensor) const {
-    if (reader_.is_plain(tensor)) return tensor;
-    static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
-    PyObject* const shard = PyObject_GetAttr(tensor, name);
-    if (shard == nullptr) {
-        PyErr_Clear();
-        return nullptr;
-    }
-    // The tensor around it holds it.
-    Py_DECREF(shard);
-    return reader_.is_plain(shard) ? shard : nullptr;
-}
-
 bool TableBinding::refresh(py::dict state, Pass pass, bool event_later) {
     release();
     pass_ = pass;
@@ -222,7 +210,7 @@ bool TableBinding::refresh(py::dict state, Pass pass, bool event_later) {
 bool TableBinding::refresh_row(size_t i, PyObject* state) {
     Tensors& row = tensors_[i];
     void* address;
-    PyObject* const param = row.copy != nullptr ? row.copy : local(row.owner);
+    PyObject* const param = row.copy != nullptr ? row.copy : shards_.local(row.owner);
     // Where the parameter itself is elsewhere, it may by now share memory with another one: that is Python's to ask.
     if (param == nullptr || !find(param, PARAM, i, &address) || address != rows_[i].column[PARAM]) return false;
     if (pass_ == Pass::SYNC) {
@@ -244,7 +232,7 @@ bool TableBinding::refresh_state(size_t i, PyObject* state) {
         const int column = __builtin_ctz(left);
         PyObject* value;
         if (!find_entry(row, column, entries, &value)) return false;
-        PyObject* const tensor = local(value);
+        PyObject* const tensor = shards_.local(value);
         void* address;
         if (tensor == nullptr || !find(tensor, column, i, &address)) return false;
         // A number that is none: Python says so.
@@ -285,6 +273,14 @@ bool TableBinding::find_entry(Tensors& row, int column, PyObject* entries, PyObj
     return reader_.is_tensor(*value);
 }
 
+// What may be read as it lies; borrowed. Null where Python has to bring it into its row's form.
+PyObject* TableBinding::local_gradient(size_t i, PyObject* gradient) {
+    const Tensors& row = tensors_[i];
+    if (row.copy != nullptr) return nullptr;
+    if (!row.is_shard) return reader_.is_plain(gradient) ? gradient : nullptr;
+    return shards_.placed_alike(row.owner, gradient, alike_[i]) ? shards_.local(gradient) : nullptr;
+}
+
 bool TableBinding::refresh_gradient(size_t i) {
     Tensors& row = tensors_[i];
     PyObject* gradient;
@@ -305,7 +301,12 @@ bool TableBinding::refresh_gradient(size_t i) {
         return true;
     }
     void* address;
-    if (row.conform || !reader_.is_plain(gradient) || !find(gradient, GRAD, i, &address)) {
+    PyObject* const lies = local_gradient(i, gradient);
+    if (lies != nullptr && find(lies, GRAD, i, &address)) {
+        Py_INCREF(lies);
+        Py_DECREF(gradient);
+        gradients_[i] = lies;
+    } else {
         // Python says what is wrong with it, or gives a copy in the parameter's layout; None asks for another table.
         py::object conformed = py::reinterpret_steal<py::object>(PyObject_CallFunctionObjArgs(
             conform_.ptr(), row.owner, row.copy == nullptr ? Py_None : row.copy, gradient, nullptr));
@@ -369,6 +370,7 @@ void TableBinding::clear() {
     release();
     rows_.clear();
     tensors_.clear();
+    alike_.clear();
     gradients_.clear();
     chunks_.clear();
     groups_.clear();

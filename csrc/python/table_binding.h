@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../table/table.h"
+#include "../torch/shard_reader.h"
 #include "../torch/tensor_reader.h"
 #include "group_reader.h"
 
@@ -81,7 +82,7 @@ class TableBinding {
         Py_ssize_t place;        // of its entries in the state, as PyDict_Next counts
         uint32_t present;        // which columns from STEP on the row has, a bit each
         int32_t entry[COLUMNS];  // of each of these columns its place among the entries
-        bool conform;            // its gradient always goes through Python
+        bool is_shard;           // its memory is its owner's part on this rank
         bool own_gradient;       // its class gives `grad` a meaning of its own
         bool acts_on_moment;     // an event changes its first moment
         bool updated;            // it took part in the last pass, and is in updated_
@@ -104,11 +105,12 @@ class TableBinding {
     }
     bool find_place(Tensors& row, PyObject* state, PyObject** entries) const;
     bool find_entry(Tensors& row, int column, PyObject* entries, PyObject** value) const;
-    PyObject* local(PyObject* tensor) const;
+    PyObject* local_gradient(size_t row, PyObject* gradient);
     bool fits(const Description& tensor, int column, const Tensors& row) const;
     bool find(PyObject* tensor, int column, size_t row, void** address);
 
     TensorReader reader_;
+    ShardReader shards_{reader_};
     Names rule_;
     int32_t policy_;  // its place in the list
     bool reads_gradient_;
@@ -124,6 +126,7 @@ class TableBinding {
     bool on_host_ = false;
     std::vector<Tensors> tensors_;
     std::vector<std::vector<int64_t>> layouts_;
+    std::vector<ShardReader::Alike> alike_;  // of rows that are shards, the placements of owner and gradient
     std::vector<Row> rows_;
     std::vector<Chunk> chunks_;
     py::list held_;                     // versions and copies, where the garbage collector can see them

@@ -106,6 +106,8 @@ LF_HD void prepare(int32_t policy, const Group& group, const RowCounts& counts, 
     StepInputs at;
     at.step = counts.applied + 1;
     at.lr = lr;
+    at.weight_decay = 0;
+    if constexpr (Rule::reads_gradient) at.weight_decay = number_in(group, static_cast<int>(Rule::WEIGHT_DECAY));
     at.grad_scale = arguments.grad_scale != nullptr ? *arguments.grad_scale : 1.0;
     at.clip = arguments.clip != nullptr ? *arguments.clip : 1.0;
     at.first = counts.applied == 0 && counts.moments_loaded == 0;

@@ -160,7 +160,10 @@ PyObject* TensorReader::gradient(PyObject* tensor) const {
 }
 
 bool TensorReader::has_own_dispatch(PyTypeObject* type) const {
-    return says_otherwise(type, "__torch_dispatch__", dispatch_, plain_type_);
+    if (around_type_.ptr() == reinterpret_cast<PyObject*>(type)) return true;
+    if (!says_otherwise(type, "__torch_dispatch__", dispatch_, plain_type_)) return false;
+    around_type_ = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(type));
+    return true;
 }
 
 bool TensorReader::has_own_gradient(PyTypeObject* type) const {

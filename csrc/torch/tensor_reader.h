@@ -111,8 +111,8 @@ class TensorReader {
     const dlpack::ExchangeApi* api_ = nullptr;
     // What classes inherit that do not say otherwise.
     py::object gradient_descriptor_, dispatch_;
-    // The classes of which it was last found that they do not.
-    mutable py::object plain_type_, usual_gradient_type_;
+    // The classes of which it was last found that they do not, or do.
+    mutable py::object plain_type_, usual_gradient_type_, around_type_;
     getter gradient_;
     void* gradient_closure_;
     PyCFunction is_negated_;

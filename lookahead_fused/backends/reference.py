@@ -253,7 +253,7 @@ def _adam(
 ) -> Tensor:
     """Adam (Kingma and Ba 2015), AdamW (Loshchilov and Hutter 2019), AMSGrad (Reddi et al. 2018)."""
     beta1, beta2 = hyper["beta1"], hyper["beta2"]
-    lr, weight_decay = float(hyper["lr"]), hyper["weight_decay"]
+    lr, weight_decay = float(hyper["lr"]), float(hyper["weight_decay"])
     g = g * factor
     if weight_decay != 0 and hyper["decoupled_weight_decay"]:
         p = p * (1.0 - lr * weight_decay)
@@ -280,10 +280,10 @@ def _sgd(
     moments: dict[str, Tensor],
 ) -> Tensor:
     """SGD with momentum, dampening and Nesterov's form, as torch.optim.SGD defines them."""
-    lr, momentum = float(hyper["lr"]), hyper["momentum"]
+    lr, weight_decay, momentum = float(hyper["lr"]), float(hyper["weight_decay"]), hyper["momentum"]
     g = g * factor
-    if hyper["weight_decay"] != 0:
-        g = g + p * hyper["weight_decay"]
+    if weight_decay != 0:
+        g = g + p * weight_decay
     if momentum != 0:
         buffer = g if first else moments["momentum_buffer"] * momentum + g * (1.0 - hyper["dampening"])
         moments["momentum_buffer"] = buffer
@@ -301,10 +301,11 @@ def _rmsprop(
     moments: dict[str, Tensor],
 ) -> Tensor:
     """RMSprop (Tieleman and Hinton 2012), centered (Graves 2013) and with momentum, as torch.optim.RMSprop has them."""
-    lr, alpha, momentum = float(hyper["lr"]), hyper["alpha"], float(hyper["momentum"])
+    lr, weight_decay = float(hyper["lr"]), float(hyper["weight_decay"])
+    alpha, momentum = hyper["alpha"], float(hyper["momentum"])
     g = g * factor
-    if hyper["weight_decay"] != 0:
-        g = g + p * hyper["weight_decay"]
+    if weight_decay != 0:
+        g = g + p * weight_decay
     moments["square_avg"] = second = moments["square_avg"] * alpha + (g * g) * (1.0 - alpha)
     if hyper["centered"]:
         mean = moments["grad_avg"] = _lerp(moments["grad_avg"], g, 1.0 - alpha)
@@ -327,7 +328,7 @@ def _radam(
 ) -> Tensor:
     """RAdam (Liu et al. 2020, algorithm 2) with either weight decay, as torch.optim.RAdam defines it."""
     beta1, beta2 = hyper["beta1"], hyper["beta2"]
-    lr, weight_decay = float(hyper["lr"]), hyper["weight_decay"]
+    lr, weight_decay = float(hyper["lr"]), float(hyper["weight_decay"])
     g = g * factor
     if weight_decay != 0 and hyper["decoupled_weight_decay"]:
         p = p * (1.0 - lr * weight_decay)
@@ -359,7 +360,7 @@ def _lion(
     lr, beta1, beta2 = float(hyper["lr"]), hyper["beta1"], hyper["beta2"]
     g = g * factor
     m = moments["exp_avg"]
-    p = p * (1.0 - lr * hyper["weight_decay"]) - _sign(m * beta1 + g * (1.0 - beta1)) * lr
+    p = p * (1.0 - lr * float(hyper["weight_decay"])) - _sign(m * beta1 + g * (1.0 - beta1)) * lr
     moments["exp_avg"] = m * beta2 + g * (1.0 - beta2)
     return p
 
