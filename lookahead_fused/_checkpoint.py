@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._offload import hosted, wait_for_hosted
 from ._policies import Policy
 from ._tensors import count_device, local_tensor
 from ._torch import is_dtensor, is_plain
@@ -48,7 +49,7 @@ def exactly(
         optimizer: Where the state goes.
         state_dict: What is loaded, this optimizer's or that of the torch class it stands for.
         policy: The names of Lookahead's entries in the groups. Those that the state dict lacks stay as they are, and so
-            does the choice of a backend: it belongs to the machine, not to the run.
+            do the choices of a backend and of where slow weights lie: they belong to the machine, not to the run.
         restore_mode: Is told of the parameters that come with training weights, and of these.
         exact_names: The state entries that keep the precision they were saved in. None: all of them. The others are
             another optimizer's, and become what its own loading makes of them.
@@ -82,17 +83,38 @@ class Loading:
         self.restore_mode = restore_mode
         self.before = [dict(group) for group in optimizer.param_groups]
         self.loaded: dict[str, Any] = {}
+        # Of the parameters, by what the state dict calls them, the entries that lie on the host.
+        self.hosted: dict[Any, tuple[str, ...]] = {}
 
-    def given(self, state_dict: dict[str, Any]) -> None:
-        _check_train_params(state_dict, self.optimizer.param_groups, self.policy.slow)
+    def given(self, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        """What torch's own loading is to see in place of a state dict: it brings all of it to the parameters' devices,
+        where slow weights that are offloaded may not have room. None: the same."""
+        groups = self.optimizer.param_groups
+        _check_train_params(state_dict, groups, self.policy.slow)
         self.loaded = dict(state_dict)
+        for given, group in zip(state_dict["param_groups"], groups, strict=False):
+            for index, param in zip(given["params"], group["params"], strict=False):
+                names = hosted(self.policy, group, local_tensor(param).device)
+                if names:
+                    self.hosted[index] = names
+        if not self.hosted:
+            return None
+        # The state dict may be this optimizer's own.
+        wait_for_hosted(self.policy, groups)
+        state = {
+            index: {name: v for name, v in entries.items() if name not in self.hosted[index]}
+            if index in self.hosted and isinstance(entries, Mapping)
+            else entries
+            for index, entries in state_dict["state"].items()
+        }
+        return {**state_dict, "state": state}
 
     def put_right(self) -> None:
         for own, group, given in zip(
             self.before, self.optimizer.param_groups, self.loaded["param_groups"], strict=True
         ):
             kept = [key for key in own if key not in given and key != "params"]
-            for key in (*kept, self.policy.backend):
+            for key in (*kept, self.policy.backend, self.policy.offload_slow):
                 if key in own:
                     group[key] = own[key]
             for key in TORCH_SWITCHES:
@@ -114,6 +136,9 @@ class Loading:
                 elif isinstance(value, Tensor) and (self.exact_names is None or name in self.exact_names):
                     # A count of updates is in fp64 on every device, also on one that has none.
                     device = count_device(param.device) if value.dtype == torch.float64 else param.device
+                    if name in self.hosted.get(index, ()):
+                        # The next step pins it.
+                        device = torch.device("cpu")
                     own[name] = value.detach().to(device, copy=True)
                 elif isinstance(value, Tensor) and own.get(name) is value:
                     # A class that another optimizer keeps its state in need not know how to copy itself.
