@@ -74,7 +74,7 @@ class BaseDoor:
         if wrapper is None or self._held:
             return None
         wrapper._refuse_inside_slow_weights("load_state_dict()", unless_evaluating=True)
-        self._loading = checkpoint.Loading(base, wrapper._table.policy, wrapper._restore_mode, wrapper._exact_names)
+        self._loading = checkpoint.Loading(base, wrapper._table, wrapper._restore_mode, wrapper._exact_names)
         return self._loading.given(state_dict)
 
     def _after_load(self, base: Optimizer) -> None:

@@ -161,7 +161,7 @@ class Fused(Hooked):
         """
         with self._lock:
             self._refuse_inside_slow_weights("load_state_dict()", unless_evaluating=True)
-            with checkpoint.exactly(self, state_dict, self.policy, self._restore_mode):
+            with checkpoint.exactly(self, state_dict, self._table, self._restore_mode):
                 super().load_state_dict(state_dict)
             self._table.invalidate()
 

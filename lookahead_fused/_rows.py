@@ -237,11 +237,29 @@ def check_state(
         read: The entries that are worked with besides the slow weights and the count, None for all: an offloader may
             have taken the memory of the others.
     """
+    if read is None:
+        check_whole(state, rule, name)
     looks = rule.reads_gradient or all(rule.moments_in_use(group))
     for key in (*(rule.moments if looks else ()), *policy.as_large):
         _check_entry(param, state, key, name, read is None or key in read or key == policy.slow)
     for key in (rule.step_name, *policy.numbers):
         _check_count(state.get(key), key, name)
+
+
+def check_whole(state: Mapping[str, Any], rule: Rule, name: str) -> None:
+    """Raises ValueError for a state of which a part is missing, as of a checkpoint that was cut: it would begin anew
+    beside the rest. What settings that were changed since bring along begins so."""
+    there = [moment for moment in rule.moments if state.get(moment) is not None]
+    count = state.get(rule.step_name)
+    begun = count is not None and not (isinstance(count, int | float) and count == 0)
+    lacks = [moment for moment in rule.always if moment not in there] if there or begun else []
+    if there and rule.corrects_bias and count is None:
+        lacks.append(rule.step_name)
+    if lacks:
+        raise ValueError(
+            f"state {lacks[0]!r} of {name} must stand beside its {', '.join(map(repr, there or [rule.step_name]))}, "
+            "got none: is the checkpoint whole?"
+        )
 
 
 def _check_entry(param: Tensor, state: Mapping[str, Any], key: str, name: str, is_read: bool) -> None:

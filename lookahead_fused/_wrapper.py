@@ -347,7 +347,7 @@ class Wrapper(SlowWeights):
                 replaced = hook(self, state_dict)
                 state_dict = state_dict if replaced is None else replaced
             base, exact = self.base_optimizer, self._exact_names
-            with self._door, checkpoint.exactly(base, state_dict, self.policy, self._restore_mode, exact):
+            with self._door, checkpoint.exactly(base, state_dict, self._table, self._restore_mode, exact):
                 base.load_state_dict(state_dict)
             self._loaded()
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
