@@ -56,7 +56,7 @@ def check_offload(policy: Policy, group: Mapping[str, Any], param: Tensor, name:
         )
     if not is_plain(local):
         raise TypeError(
-            f"{policy.offload_slow} must be False for {name}, got True with a {type(local).__name__}: only its own "
+            f"{policy.offload_slow} must be False for {name}, got a {type(local).__name__}: only its own "
             "class knows where its memory lies"
         )
 

@@ -30,6 +30,7 @@ from releases import needs_torch
 from runs import advance, assert_same_run, copies, gradients_of, through_a_file
 from test_cuda_graphs import Capture
 from test_cuda_traffic import watch
+from test_tensor_classes import Around
 from test_without_fp64 import DEVICE
 
 from bench.cuda_on_host import Torch
@@ -65,7 +66,9 @@ forms = pytest.mark.parametrize("form", FORMS)
 
 
 @pytest.fixture
-def pinned() -> Iterator[PinnedHost]:
+def pinned(request: pytest.FixtureRequest) -> Iterator[PinnedHost]:
+    if "backend" in request.fixturenames and request.getfixturevalue("backend").device != "cpu":
+        pytest.skip("a GPU wants memory that is pinned: test_on_a_gpu")
     with pinned_host() as host:
         yield host
 
@@ -82,8 +85,6 @@ def assert_placed(pinned: PinnedHost, optimizer: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_bits_are_the_same(backend: BackendCase, pinned: PinnedHost, form: str, dtype: torch.dtype) -> None:
     """Steps, evaluations, syncs; with a master the slow weights leave the device, and the master stays."""
-    if backend.device != "cpu":
-        pytest.skip("on a GPU pinned memory is torch's: test_cuda_gpu.py")
     own = {"master_weights": True} if dtype == torch.bfloat16 and "external" not in form else {}
     if dtype == torch.bfloat16 and form == "external gpa":
         pytest.skip("refused with 16 bits")
@@ -484,6 +485,20 @@ def test_the_reference_backend_copies() -> None:
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6), form
         assert ON_HOST & {name for name, _ in places}, form
         assert places == [[name, "pinned" if name in ON_HOST else "small"] for name, _ in places], form
+
+
+@forms
+def test_a_class_around_other_tensors_is_refused(pinned: PinnedHost, form: str) -> None:
+    """Where its memory lies is its own business, and no kernel gets an address of it."""
+    inner = torch.ones(4, 3)
+    p = torch.nn.Parameter(Around(inner))
+    optimizer = FORMS[form]([p], BackendCase("auto", "cpu", 0.0), offload_slow=True)
+    p.grad = torch.ones(4, 3)
+    key = optimizer._table.policy.offload_slow
+    with pytest.raises(TypeError, match=rf"^{key} must be False for parameter 0 of group 0, got a Around: "):
+        optimizer.step()
+    assert not optimizer.state[p]
+    assert torch.equal(inner, torch.ones(4, 3))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
