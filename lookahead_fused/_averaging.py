@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _policies as policies
 from ._norm import GlobalNorm, documents_norm
+from ._offload import documents_offload
 from ._swap import Swap
 from ._wrapper import Wrapper
 
@@ -73,7 +74,7 @@ def _shared(state: str) -> Callable[[type[Averaged]], type[Any]]:
     def documented(cls: type[Averaged]) -> type[Any]:
         shared = _SHARED.strip("\n").format(prefix=cls.policy.prefix, state=state)
         cls.__doc__ = (cls.__doc__ or "").replace("    {shared}", shared)
-        return documents_norm(cls)
+        return documents_offload(documents_norm(cls))
 
     return documented
 
@@ -95,6 +96,7 @@ class GPA(Averaged):
             without, since x follows from y and 16 bits are too few for that. Not around an optimizer whose step is its
             own.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
+        {offload}
         {norm}
 
     Raises:
@@ -119,6 +121,7 @@ class GPA(Averaged):
         *,
         master_weights: bool = False,
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
     ) -> None:
@@ -129,6 +132,7 @@ class GPA(Averaged):
             eval_interp=eval_interp,
             master_weights=master_weights,
             backend=backend,
+            offload_slow=offload_slow,
         )
 
 
@@ -152,6 +156,7 @@ class ScheduleFree(Averaged):
             without, since x follows from y and 16 bits are too few for that. Not around an optimizer whose step is its
             own.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
+        {offload}
         {norm}
 
     Raises:
@@ -177,6 +182,7 @@ class ScheduleFree(Averaged):
         weight_lr_power: int = 2,
         master_weights: bool = False,
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
     ) -> None:
@@ -188,4 +194,5 @@ class ScheduleFree(Averaged):
             weight_lr_power=weight_lr_power,
             master_weights=master_weights,
             backend=backend,
+            offload_slow=offload_slow,
         )

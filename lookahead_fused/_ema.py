@@ -8,10 +8,12 @@ import torch
 
 from . import _policies as policies
 from ._norm import GlobalNorm, documents_norm
+from ._offload import documents_offload
 from ._wrapper import Wrapper
 
 
 @documents_norm
+@documents_offload
 class EMA(Wrapper):
     """An average of the weights around another optimizer: a <- a + (1 - d) (theta - a).
 
@@ -23,9 +25,9 @@ class EMA(Wrapper):
     `param_groups`, `state` and `defaults` are the base's, so that it does not matter whether a scheduler, a hook or a
     checkpoint is attached to the base or to this, or when; its other public methods and attributes can be reached here
     too. The settings are kept in the groups as `ema_decay`, `ema_every`, `ema_start`, `ema_warmup`,
-    `ema_master_weights` and `ema_backend`, and may be set there per group; the state beside the base's, as `slow_param`
-    and `average_start`, and over an optimizer that is not fused `ema_step`. The base may be stepped alone again at any
-    time.
+    `ema_master_weights`, `ema_backend` and `ema_offload_slow`, and may be set there per group; the state beside the
+    base's, as `slow_param` and `average_start`, and over an optimizer that is not fused `ema_step`. The base may be
+    stepped alone again at any time.
 
     Args:
         base_optimizer: The optimizer that makes the inner steps.
@@ -40,6 +42,7 @@ class EMA(Wrapper):
         master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate. Not around an
             optimizer whose step is its own.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
+        {offload}
         {norm}
 
     Raises:
@@ -66,6 +69,7 @@ class EMA(Wrapper):
         warmup: bool = False,
         master_weights: bool = False,
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
     ) -> None:
@@ -78,4 +82,5 @@ class EMA(Wrapper):
             warmup=warmup,
             master_weights=master_weights,
             backend=backend,
+            offload_slow=offload_slow,
         )

@@ -13,6 +13,7 @@ from . import _checkpoint as checkpoint
 from . import _rules as rules
 from ._hooked import Hooked
 from ._norm import GlobalNorm, documents_norm
+from ._offload import documents_offload
 from ._policies import Lookahead
 from ._slow_weights import Interpolating
 from ._table import Table
@@ -42,6 +43,7 @@ _LOOKAHEAD_ARGUMENTS = """
         outer_nesterov: False leaves Nesterov's form: phi <- phi - alpha b.
         master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
+        {offload}
         {norm}
         process_group: A torch.distributed group of workers that train apart and meet at the syncs (local SGD; SlowMo,
             arXiv 1910.00643; DiLoCo with outer momentum): the mean of theta over them takes theta's place before a
@@ -73,7 +75,7 @@ def documented(cls: _Class) -> _Class:
     """Lookahead's arguments are the same in every class but for the name of alpha, and stated once."""
     arguments = _LOOKAHEAD_ARGUMENTS.replace(" alpha: ", f" {cls.policy.alpha}: ")
     cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}{arguments}"
-    return documents_norm(cls)
+    return documents_offload(documents_norm(cls))
 
 
 class Fused(Hooked):
@@ -115,7 +117,8 @@ class Fused(Hooked):
 
         Raises:
             RuntimeError: Inside `slow_weights()` or after `eval()`, a named backend cannot serve, or the workers of a
-                process group do not sync the same parameters.
+                process group do not sync the same parameters, or host memory for offloaded slow weights could not be
+                pinned. Nothing has changed then.
             TypeError: A gradient is sparse, complex or not floating-point.
             ValueError: A hyperparameter was set to a value that nothing can be computed with, a parameter or a state
                 tensor has lost its memory, or a gradient does not fit its parameter.
@@ -138,11 +141,17 @@ class Fused(Hooked):
         """torch.amp.GradScaler asks for this: who unscales, and who looks at found_inf, is the one that steps."""
         return self._may_unscale(self._fused)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim; it waits for the device where slow weights lie on the host."""
+        self._wait_for_hosted()
+        state_dict: dict[str, Any] = super().state_dict()
+        return state_dict
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class, or of the torch.optim class whose name it carries.
 
         State keeps the precision it was saved in, and is copied. Slow weights that the checkpoint lacks start in the
-        next step, at what the parameters are then. The choice of backends stays.
+        next step, at what the parameters are then. The choice of backends stays, and where slow weights lie.
 
         Raises:
             RuntimeError: Inside `slow_weights()`.
@@ -150,7 +159,7 @@ class Fused(Hooked):
         """
         with self._lock:
             self._refuse_inside_slow_weights("load_state_dict()", unless_evaluating=True)
-            with checkpoint.exactly(self, state_dict, self.policy, self._restore_mode):
+            with checkpoint.exactly(self, state_dict, self._table, self._restore_mode):
                 super().load_state_dict(state_dict)
             self._table.invalidate()
 

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from . import _policies as policies
 from ._norm import GlobalNorm, documents_norm
+from ._offload import documents_offload
 from ._slow_weights import Interpolating
 from ._table import Table
 from ._torch import opaque_to_compile
@@ -22,6 +23,7 @@ Pullback = Literal["none", "pullback", "reset"]
 
 
 @documents_norm
+@documents_offload
 class Lookahead(Wrapper, Interpolating):
     """Lookahead (Zhang, Lucas, Hinton, Ba 2019, algorithm 1) around another optimizer.
 
@@ -32,11 +34,11 @@ class Lookahead(Wrapper, Interpolating):
     `param_groups`, `state` and `defaults` are the base's, so that it does not matter whether a scheduler, a hook or a
     checkpoint is attached to the base or to this, or when; its other public methods and attributes can be reached here
     too. Lookahead's settings are kept in the groups as `lookahead_k`, `lookahead_alpha`, `lookahead_pullback_momentum`,
-    `lookahead_outer_momentum`, `lookahead_outer_nesterov`, `lookahead_master_weights` and `lookahead_backend`, and may
-    be set there per group; its state beside the base's, as `slow_param`, for pullback `cached_momentum`, for outer
-    momentum `outer_momentum_buffer`, for a master `master_param`, and over an optimizer that is not fused
-    `lookahead_step`. The base may be stepped alone again at any time: it then finds its state in the dtypes that torch
-    keeps it in.
+    `lookahead_outer_momentum`, `lookahead_outer_nesterov`, `lookahead_master_weights`, `lookahead_backend` and
+    `lookahead_offload_slow`, and may be set there per group; its state beside the base's, as `slow_param`, for pullback
+    `cached_momentum`, for outer momentum `outer_momentum_buffer`, for a master `master_param`, and over an optimizer
+    that is not fused `lookahead_step`. The base may be stepped alone again at any time: it then finds its state in the
+    dtypes that torch keeps it in.
 
     Args:
         base_optimizer: The optimizer that makes the inner steps.
@@ -52,6 +54,7 @@ class Lookahead(Wrapper, Interpolating):
         master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate. Not around an
             optimizer whose step is its own.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
+        {offload}
         {norm}
         process_group: A torch.distributed group of workers that train apart and meet at the syncs (local SGD; SlowMo,
             arXiv 1910.00643; DiLoCo with outer momentum): the mean of theta over them takes theta's place before a
@@ -86,6 +89,7 @@ class Lookahead(Wrapper, Interpolating):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
@@ -101,6 +105,7 @@ class Lookahead(Wrapper, Interpolating):
             outer_nesterov=outer_nesterov,
             master_weights=master_weights,
             backend=backend,
+            offload_slow=offload_slow,
         )
 
     @opaque_to_compile

@@ -54,6 +54,7 @@ class LookaheadAdam(FusedLookahead):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
@@ -73,6 +74,7 @@ class LookaheadAdam(FusedLookahead):
             "outer_nesterov": outer_nesterov,
             "master_weights": master_weights,
             "backend": backend,
+            "offload_slow": offload_slow,
         }
         norm = GlobalNorm(max_grad_norm, skip_nonfinite)
         super().__init__(params, defaults, norm, differentiable, fused, process_group)
@@ -112,6 +114,7 @@ class LookaheadAdamW(LookaheadAdam):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
@@ -134,6 +137,7 @@ class LookaheadAdamW(LookaheadAdam):
             outer_nesterov=outer_nesterov,
             master_weights=master_weights,
             backend=backend,
+            offload_slow=offload_slow,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             process_group=process_group,
@@ -182,6 +186,7 @@ class LookaheadSGD(FusedLookahead):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
@@ -200,6 +205,7 @@ class LookaheadSGD(FusedLookahead):
             "outer_nesterov": outer_nesterov,
             "master_weights": master_weights,
             "backend": backend,
+            "offload_slow": offload_slow,
         }
         norm = GlobalNorm(max_grad_norm, skip_nonfinite)
         super().__init__(params, defaults, norm, differentiable, fused, process_group)
@@ -245,6 +251,7 @@ class LookaheadRMSprop(FusedLookahead):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
@@ -264,6 +271,7 @@ class LookaheadRMSprop(FusedLookahead):
             "outer_nesterov": outer_nesterov,
             "master_weights": master_weights,
             "backend": backend,
+            "offload_slow": offload_slow,
         }
         norm = GlobalNorm(max_grad_norm, skip_nonfinite)
         super().__init__(params, defaults, norm, differentiable, fused, process_group)
@@ -306,6 +314,7 @@ class LookaheadRAdam(FusedLookahead):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
@@ -324,6 +333,7 @@ class LookaheadRAdam(FusedLookahead):
             "outer_nesterov": outer_nesterov,
             "master_weights": master_weights,
             "backend": backend,
+            "offload_slow": offload_slow,
         }
         norm = GlobalNorm(max_grad_norm, skip_nonfinite)
         super().__init__(params, defaults, norm, differentiable, fused, process_group)
@@ -363,6 +373,7 @@ class LookaheadLion(FusedLookahead):
         outer_nesterov: bool = True,
         master_weights: bool = False,
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
@@ -379,6 +390,7 @@ class LookaheadLion(FusedLookahead):
             "outer_nesterov": outer_nesterov,
             "master_weights": master_weights,
             "backend": backend,
+            "offload_slow": offload_slow,
         }
         norm = GlobalNorm(max_grad_norm, skip_nonfinite)
         super().__init__(params, defaults, norm, differentiable, fused, process_group)

@@ -19,15 +19,18 @@ Group = Mapping[str, Any]
 class Rule:
     """One inner optimizer: the name under which every backend has its rule, its arguments and its state's names.
 
-    The first of `moments` is the one that a policy acts on; `moments_in_use` tells which of them a group has. `check`
-    raises for arguments that do not go together. Without `first_moment_needs`, an argument, there is no first moment,
-    and an optimizer whose policy is to act on it is refused.
+    The first of `moments` is the one that a policy acts on; `moments_in_use` tells which of them a group has, and
+    `always` are those that every group has. Where `corrects_bias`, they mean nothing without the count of updates.
+    `check` raises for arguments that do not go together. Without `first_moment_needs`, an argument, there is no first
+    moment, and an optimizer whose policy is to act on it is refused.
     """
 
     name: str
     arguments: tuple[Argument, ...]
     moments: tuple[str, ...]
     moments_in_use: Callable[[Group], tuple[bool, ...]]
+    always: tuple[str, ...] = ()
+    corrects_bias: bool = False
     check: Callable[[Group], None] = lambda group: None
     first_moment_needs: str = ""
     step_name: str = "step"
@@ -64,6 +67,8 @@ ADAM = Rule(
     ),
     moments=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     moments_in_use=lambda group: (True, True, bool(group["amsgrad"])),
+    always=("exp_avg", "exp_avg_sq"),
+    corrects_bias=True,
 )
 
 # torch's AdamW had no such entry in its groups at first: there it is what the class says.
@@ -111,6 +116,7 @@ RMSPROP = Rule(
     moments=("momentum_buffer", "square_avg", "grad_avg"),
     # A momentum below zero, which a scheduler may leave, has the buffer rest.
     moments_in_use=lambda group: (group["momentum"] != 0, True, bool(group["centered"])),
+    always=("square_avg",),
     first_moment_needs="momentum",
 )
 
@@ -119,6 +125,8 @@ RADAM = Rule(
     arguments=tuple(argument for argument in ADAM.arguments if argument.key != "amsgrad"),
     moments=("exp_avg", "exp_avg_sq"),
     moments_in_use=lambda group: (True, True),
+    always=("exp_avg", "exp_avg_sq"),
+    corrects_bias=True,
 )
 
 LION = Rule(
@@ -131,6 +139,7 @@ LION = Rule(
     ),
     moments=("exp_avg",),
     moments_in_use=lambda group: (True,),
+    always=("exp_avg",),
 )
 
 

@@ -84,6 +84,7 @@ class SlowWeights(Hooked):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_slow_weights("copying or pickling")
+        self._wait_for_hosted()
         state: dict[str, Any] = super().__getstate__()
         return state
 
@@ -109,6 +110,7 @@ class SlowWeights(Hooked):
     def _enter(self) -> None:
         """One block more. To be called, as `_leave` is, with the lock and where no interrupt comes."""
         if self._depth == 0:
+            self._wait_for_hosted()
             swap = Swap(self._table.slow_weights(self.param_groups, self.state))
             saving = self._watch_state_dicts()
             swap.enter()

@@ -92,9 +92,13 @@ def is_dense(tensor: Tensor) -> bool:
 
 def has_layout_of(tensor: Tensor, other: Tensor) -> bool:
     """The same shape on the same device, and the same strides where there is more than one element along them."""
+    return tensor.device == other.device and is_laid_out_like(tensor, other)
+
+
+def is_laid_out_like(tensor: Tensor, other: Tensor) -> bool:
+    """The same, wherever the two are."""
     return (
         tensor.layout == torch.strided
-        and tensor.device == other.device
         and tensor.shape == other.shape
         and not tensor.is_neg()
         and all(a == b for size, a, b in zip(tensor.shape, tensor.stride(), other.stride(), strict=True) if size > 1)

@@ -114,6 +114,24 @@ def is_dtensor(tensor: Tensor) -> bool:
     return isinstance(getattr(tensor, "_local_tensor", None), Tensor)
 
 
+def dtensor_like(owner: Tensor, local: Tensor) -> Tensor:
+    """A DTensor placed as another one is, around a local part of its own.
+
+    `DTensor.from_local` brings it to the device of the mesh. Slow weights that are offloaded stay on the host: theirs
+    is made as FSDP2 makes those of parameters that it offloads.
+    """
+    from torch.distributed.tensor import DTensor
+
+    placed = cast(Any, owner)
+    if local.device.type == placed.device_mesh.device_type:
+        return DTensor.from_local(
+            local, placed.device_mesh, placed.placements, run_check=False, shape=placed.shape, stride=placed.stride()
+        )
+    meta = placed._spec.tensor_meta
+    spec = type(placed._spec)(placed.device_mesh, placed.placements, tensor_meta=meta._replace(dtype=local.dtype))
+    return cast(Tensor, cast(Any, DTensor)(local, spec, requires_grad=False))
+
+
 def version_counter(owner: Tensor) -> tuple[Tensor, ...] | None:
     """A tensor without memory that shares the owner's version counter, first, and what has to be kept beside it.
 

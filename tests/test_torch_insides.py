@@ -8,6 +8,9 @@ from __future__ import annotations
 import ctypes
 import sys
 import types
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -129,6 +132,36 @@ def test_an_alias_of_a_dtensor_is_plain_and_shares_its_version() -> None:
         """
     )
     assert found == [["Tensor", "Tensor"], 1, [0, 0], 5]
+
+
+@needs_gloo
+def test_a_dtensor_may_have_its_part_elsewhere(tmp_path: Path) -> None:
+    """Beside a mesh of another device: `from_local` would bring it there."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        owner = DTensor.from_local(torch.ones(4, 3, dtype=torch.bfloat16), mesh, [Shard(0)])
+        for local in (torch.ones(4, 3), torch.ones(4, 3, device="meta")):
+            # It leaves a part on the meta device alone, which stands in for one that it would move.
+            moves = (
+                {"side_effect": AssertionError("brought to the mesh")}
+                if local.is_meta
+                else {"wraps": DTensor.from_local}
+            )
+            with mock.patch.object(DTensor, "from_local", **moves):
+                made: Any = _torch.dtensor_like(owner, local)
+            assert isinstance(made, DTensor)
+            assert made._local_tensor.device == made.device == local.device
+            assert (made.shape, made.stride(), made.dtype) == (owner.shape, owner.stride(), torch.float32)
+            assert (made.placements, made.device_mesh) == (owner.placements, mesh)
+            assert not made.requires_grad
+            assert made.detach().clone()._local_tensor.device == local.device
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_inference_tensor_has_no_version() -> None:

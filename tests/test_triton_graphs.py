@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from triton_host import HOST, Recorder, needs_interpreter, set_grads
 
+from lookahead_fused import _captures
+
 
 class Graph:
     """What a captured step leaves: the copy of what moves, and the launches."""
@@ -199,9 +201,9 @@ def modes(host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     load = ctypes.CDLL
     monkeypatch.setattr(ctypes, "CDLL", lambda name: load(str(library) if name == "libcuda.so.1" else name))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    host._exchange_capture_mode.cache_clear()
+    _captures._exchange_capture_mode.cache_clear()
     yield ctypes.CDLL("libcuda.so.1")
-    host._exchange_capture_mode.cache_clear()
+    _captures._exchange_capture_mode.cache_clear()
 
 
 @needs_interpreter

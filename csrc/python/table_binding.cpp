@@ -64,8 +64,8 @@ const std::vector<Names>& policy_names() {
 
 TableBinding::TableBinding(py::handle tensor_type, TensorReader::Way fastest, const std::string& rule,
                            const std::string& policy, const std::string& param_dtype, const std::string& grad_dtype,
-                           py::tuple entries, py::tuple fields, py::object conform, py::object read_group,
-                           int64_t chunk_elements)
+                           py::tuple entries, py::tuple fields, py::object conform, py::object hold,
+                           py::object read_group, int64_t chunk_elements)
     : reader_(tensor_type, fastest),
       rule_(rule_names()[place_of(rule_names(), rule)]),
       policy_(static_cast<int32_t>(place_of(policy_names(), policy))),
@@ -74,6 +74,7 @@ TableBinding::TableBinding(py::handle tensor_type, TensorReader::Way fastest, co
       grad_dtype_(dtype_named(grad_dtype)),
       entries_(std::move(entries)),
       conform_(std::move(conform)),
+      hold_(std::move(hold)),
       chunk_elements_(chunk_elements),
       groups_(std::move(fields), std::move(read_group)) {
     if (chunk_elements <= 0 || chunk_elements > std::numeric_limits<int32_t>::max()) {
@@ -96,14 +97,16 @@ void TableBinding::set_device(py::handle tensor) {
 }
 
 void TableBinding::add_row(py::object owner, py::object copy, py::dict state, int32_t group, py::tuple present,
-                           bool moments_loaded, bool acts_on_moment, py::object version) {
+                           py::tuple hosted, bool moments_loaded, bool acts_on_moment, py::object version) {
     if (rows_.size() >= static_cast<size_t>(std::numeric_limits<int32_t>::max())) {
         throw py::value_error("a table has at most 2^31 - 1 rows");
     }
     if (group < 0 || static_cast<size_t>(group) >= groups_.groups().size()) {
         throw py::index_error("a row names group " + std::to_string(group));
     }
-    if (present.size() != COLUMNS) throw py::value_error("present must tell of each of the columns");
+    if (present.size() != COLUMNS || hosted.size() != COLUMNS) {
+        throw py::value_error("present and hosted must tell of each of the columns");
+    }
 
     Tensors tensors{};
     Row plain{};
@@ -137,6 +140,7 @@ void TableBinding::add_row(py::object owner, py::object copy, py::dict state, in
         const bool required = COLUMN_FACTS[i].required || (i == SLOW && policy_names()[policy_].name != Alone::name);
         if (i > GRAD && required && !has) throw py::value_error("a row lacks a required column");
         if (has) tensors.present |= 1u << i;
+        if (has && hosted[i].cast<bool>()) tensors.hosted |= 1u << i;
     }
 
     layouts_.push_back(std::move(layout));
@@ -150,6 +154,7 @@ void TableBinding::add_row(py::object owner, py::object copy, py::dict state, in
             throw py::value_error("the state of a row does not match its parameter in device, dtype, shape or strides");
         }
     } catch (...) {
+        for (size_t i = 0; i < COLUMNS; ++i) pinned_.erase(row * COLUMNS + i);
         layouts_.pop_back();
         rows_.pop_back();
         tensors_.pop_back();
@@ -167,7 +172,9 @@ void TableBinding::add_row(py::object owner, py::object copy, py::dict state, in
 }
 
 bool TableBinding::fits(const Description& tensor, int column, const Tensors& row) const {
-    if (!tensor.same_device(device_) || !(tensor.dtype == column_dtype_[column])) return false;
+    const bool hosted = row.hosted >> column & 1;
+    if (hosted ? !tensor.on_host() : !tensor.same_device(device_)) return false;
+    if (!(tensor.dtype == column_dtype_[column])) return false;
     return COLUMN_FACTS[column].scalar ? tensor.ndim == 0 : tensor.same_layout(row.layout);
 }
 
@@ -176,7 +183,9 @@ bool TableBinding::find(PyObject* tensor, int column, size_t i, void** address) 
     Tensors& row = tensors_[i];
     static const Description scalar{};
     const ColumnFacts& facts = COLUMN_FACTS[column];
-    if (reader_.is_like(tensor, marks_[facts.type], facts.scalar ? scalar : row.layout)) {
+    const bool hosted = row.hosted >> column & 1;
+    TorchShim::Marks& marks = marks_[hosted][facts.type];
+    if (reader_.is_like(tensor, marks, facts.scalar ? scalar : row.layout)) {
         *address = reader_.data(tensor);
     } else {
         Description described;
@@ -184,12 +193,22 @@ bool TableBinding::find(PyObject* tensor, int column, size_t i, void** address) 
             return false;
         }
         *address = described.data;
-        marks_[facts.type] = reader_.marks(tensor);
+        marks = reader_.marks(tensor);
     }
     row.tensor[column] = tensor;
     const int64_t elements = facts.scalar ? 1 : rows_[i].numel;
     if (elements == 0 || *address == rows_[i].column[column]) return *address != nullptr || elements == 0;
-    return *address != nullptr && reader_.holds(tensor, elements, column_dtype_[column].bits / 8);
+    return *address != nullptr && reader_.holds(tensor, elements, column_dtype_[column].bits / 8) &&
+           (!hosted || hold(tensor, column, i));
+}
+
+// Whether a device may use a tensor's host memory, which is asked where its address is new, and held from then on.
+bool TableBinding::hold(PyObject* tensor, int column, size_t i) {
+    auto memory = py::reinterpret_steal<py::object>(PyObject_CallFunctionObjArgs(hold_.ptr(), tensor, nullptr));
+    if (!memory) throw py::error_already_set();
+    if (memory.is_none()) return false;
+    pinned_[i * COLUMNS + column] = std::move(memory);
+    return true;
 }
 
 bool TableBinding::refresh(py::dict state, Pass pass, bool event_later) {
@@ -342,6 +361,12 @@ py::list TableBinding::updated() {
     return all;
 }
 
+py::list TableBinding::pinned() const {
+    py::list all;
+    for (const auto& [place, memory] : pinned_) all.append(memory);
+    return all;
+}
+
 std::pair<py::list, py::list> TableBinding::tensors() const {
     py::list owners, state;
     for (const Tensors& row : tensors_) {
@@ -362,8 +387,9 @@ Table TableBinding::view() const {
 
 int TableBinding::traverse(visitproc visit, void* argument) const {
     const int result = groups_.traverse(visit, argument);
-    return result != 0 ? result
-                       : visit_all({entries_.ptr(), conform_.ptr(), held_.ptr(), updated_.ptr()}, visit, argument);
+    return result != 0
+               ? result
+               : visit_all({entries_.ptr(), conform_.ptr(), hold_.ptr(), held_.ptr(), updated_.ptr()}, visit, argument);
 }
 
 void TableBinding::clear() {
@@ -377,7 +403,9 @@ void TableBinding::clear() {
     shared_.clear();
     updated_ = py::object();
     held_ = py::list();
+    pinned_.clear();
     conform_ = py::object();
+    hold_ = py::object();
     entries_ = py::tuple();
 }
 

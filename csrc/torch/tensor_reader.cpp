@@ -22,6 +22,10 @@ bool Description::same_device(const Description& other) const {
     return device.type == other.device.type && device.id == other.device.id;
 }
 
+bool Description::on_host() const {
+    return device.type == dlpack::CPU || device.type == dlpack::CUDA_HOST || device.type == dlpack::ROCM_HOST;
+}
+
 bool Description::same_layout(const Description& other) const {
     if (ndim != other.ndim) return false;
     for (int32_t i = 0; i < ndim; ++i) {

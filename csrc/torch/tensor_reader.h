@@ -26,6 +26,8 @@ struct Description {
     int64_t numel() const;
     bool has_odd_stride() const;
     bool same_device(const Description& other) const;
+    // Pinned memory has numbers of its own in DLPack, which torch does not use so far.
+    bool on_host() const;
     // The same shape, and strides that differ at most where a size of 1 makes them meaningless.
     bool same_layout(const Description& other) const;
 };

@@ -47,7 +47,7 @@ def step(row: Row, spec: Spec, grad_scale: float, clip: float, event_later: bool
     start = p = _weights(row)
     if spec.policy.averages and spec.rule.reads_gradient:
         assert row.slow is not None
-        p = start if steps == 1 else row.slow.clone()
+        p = start if steps == 1 else row.slow.to(start.device, copy=True)
     moments = dict(row.moments)
     if spec.rule.reads_gradient:
         assert row.gradient is not None
@@ -98,10 +98,11 @@ def _lookahead(
     outer, cached = row.companion, row.cached_moment
     if steps is not None and steps % row.group[policy.k] != 0:
         return After(p, slow)
+    slow = _beside(p, slow)
     if policy.has_outer_momentum(row.group):
         assert outer is not None
         momentum, difference = float(row.group[policy.outer_momentum]), slow - p
-        outer = outer * momentum + difference
+        outer = _beside(p, outer) * momentum + difference
         nesterov = row.group.get(policy.outer_nesterov, True)
         slow = slow - (difference + outer * momentum if nesterov else outer) * alpha
     else:
@@ -130,7 +131,7 @@ def _ema(
             weight = 1.0 / (n + 1)
         else:
             weight = 1.0 - min(float(decay), (1 + n) / (10 + n) if row.group[policy.warmup] else 1.0)
-        slow = _lerp(slow, p, weight if n > 0 else 1.0)
+        slow = _lerp(_beside(p, slow), p, weight if n > 0 else 1.0)
     return After(p, slow)
 
 
@@ -153,9 +154,9 @@ def _averaging(
         share = 1.0 - (weight / numbers["weight_sum"] if numbers["weight_sum"] > 0 else 0.0)
     place = numbers["y_interp"]
     if row.companion is not None:
-        x = row.companion
+        x = _beside(p, row.companion)
     else:
-        x = start + (start - slow) * ((1.0 - place) / place if place > 0 else 0.0)
+        x = start + (start - _beside(p, slow)) * ((1.0 - place) / place if place > 0 else 0.0)
     numbers["y_interp"] = train
     x = p + (x - p) * share
     return After(p + (x - p) * train, p, companion=None if row.companion is None else x, numbers=numbers)
@@ -165,6 +166,11 @@ def _alone(
     row: Row, spec: Spec, steps: int | None, start: Tensor, p: Tensor, slow: Tensor, moments: dict[str, Tensor]
 ) -> After:
     return After(p, None)
+
+
+def _beside(p: Tensor, slow: Tensor) -> Tensor:
+    """Slow weights on the weights' device: torch's operators want a copy of those that are offloaded."""
+    return slow.to(p.device)
 
 
 def _weights(row: Row) -> Tensor:
