@@ -92,9 +92,10 @@ class GPA(Averaged):
             element, read where they lie in every step.
         eval_interp: mu_x, a float in [0, 1]: how much of the average stays in a step. The authors take 0.974, 0.9869,
             0.9934, 0.9967 and 0.9984 for what 4, 8, 16, 32 and 64 inner steps are to DiLoCo.
-        master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate; they are refused
-            without, since x follows from y and 16 bits are too few for that. Not around an optimizer whose step is its
-            own.
+        master_weights: Keep fp32 masters of bf16 and fp16 parameters, in which the updates accumulate; they are refused
+            without, since x follows from y and 16 bits are too few for that. Of a bf16 one the state has `master_low`,
+            the 16 bits that the parameter lacks: it is the master rounded to the nearest, ties away from zero. Of an
+            fp16 one it has the whole, `master_param`. Not around an optimizer whose step is its own.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
         {offload}
         {norm}
@@ -152,9 +153,10 @@ class ScheduleFree(Averaged):
         interp: beta, a float in (0, 1]: where y lies from z to x; or a tensor of one element that holds it.
         r: Power of the step in a sample's weight, an int >= 0.
         weight_lr_power: Power of the largest learning rate in it, an int >= 0.
-        master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate; they are refused
-            without, since x follows from y and 16 bits are too few for that. Not around an optimizer whose step is its
-            own.
+        master_weights: Keep fp32 masters of bf16 and fp16 parameters, in which the updates accumulate; they are refused
+            without, since x follows from y and 16 bits are too few for that. Of a bf16 one the state has `master_low`,
+            the 16 bits that the parameter lacks: it is the master rounded to the nearest, ties away from zero. Of an
+            fp16 one it has the whole, `master_param`. Not around an optimizer whose step is its own.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
         {offload}
         {norm}

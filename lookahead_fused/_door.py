@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _checkpoint as checkpoint
+from . import _masters as masters
 from ._fused import Fused
 from ._offload import wait_for_hosted
-from ._policies import MASTER
 from ._table import Table
 
 
@@ -97,7 +97,8 @@ class BaseDoor:
                 if param.grad is None or not isinstance(own, dict):
                     continue
                 # The base steps the parameter: its master begins anew from that.
-                own.pop(MASTER, None)
+                for name in masters.NAMES:
+                    own.pop(name, None)
                 if isinstance(base, Fused):
                     continue
                 for name, value in own.items():

@@ -39,8 +39,10 @@ class EMA(Wrapper):
             before the first. In a run that goes on without an average (of a checkpoint of the base) it begins where it
             was made, if that is later. Before, `slow_weights()` changes nothing.
         warmup: At the n-th event d = min(decay, (1 + n) / (10 + n)); not with "uniform".
-        master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate. Not around an
-            optimizer whose step is its own.
+        master_weights: Keep fp32 masters of bf16 and fp16 parameters, in which the updates accumulate. Of a bf16 one
+            the state has `master_low`, the 16 bits that the parameter lacks: it is the master rounded to the nearest,
+            ties away from zero. Of an fp16 one it has the whole, `master_param`. Not around an optimizer
+            whose step is its own.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
         {offload}
         {norm}

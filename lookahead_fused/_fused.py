@@ -41,7 +41,9 @@ _LOOKAHEAD_ARGUMENTS = """
             phi <- phi - alpha (s + mu b) (SNOO, arXiv 2510.15830; DiLoCo's outer step, arXiv 2311.08105). 0 keeps no
             buffer.
         outer_nesterov: False leaves Nesterov's form: phi <- phi - alpha b.
-        master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate.
+        master_weights: Keep fp32 masters of bf16 and fp16 parameters, in which the updates accumulate. Of a bf16 one
+            the state has `master_low`, the 16 bits that the parameter lacks: it is the master rounded to the nearest,
+            ties away from zero. Of an fp16 one it has the whole, `master_param`.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
         {offload}
         {norm}
@@ -59,8 +61,8 @@ _LOOKAHEAD_ARGUMENTS = """
 
     Every argument but these three may also be given per parameter group. State, in the dtype of computation (fp32;
     fp64 for fp64 parameters): `slow_param` beside what torch's class keeps, `cached_momentum` for "pullback",
-    `outer_momentum_buffer` for `outer_momentum`, `master_param` for `master_weights`, and `step` in fp64. All of it is
-    created in a parameter's first step.
+    `outer_momentum_buffer` for `outer_momentum`, for `master_weights` `master_low` in int16 or `master_param`, and
+    `step` in fp64. All of it is created in a parameter's first step.
 
     Raises:
         ValueError: A value is out of bounds, or `differentiable` is True.

@@ -36,9 +36,9 @@ class Lookahead(Wrapper, Interpolating):
     too. Lookahead's settings are kept in the groups as `lookahead_k`, `lookahead_alpha`, `lookahead_pullback_momentum`,
     `lookahead_outer_momentum`, `lookahead_outer_nesterov`, `lookahead_master_weights`, `lookahead_backend` and
     `lookahead_offload_slow`, and may be set there per group; its state beside the base's, as `slow_param`, for pullback
-    `cached_momentum`, for outer momentum `outer_momentum_buffer`, for a master `master_param`, and over an optimizer
-    that is not fused `lookahead_step`. The base may be stepped alone again at any time: it then finds its state in the
-    dtypes that torch keeps it in.
+    `cached_momentum`, for outer momentum `outer_momentum_buffer`, for a master `master_low` or `master_param`, and over
+    an optimizer that is not fused `lookahead_step`. The base may be stepped alone again at any time: it then finds its
+    state in the dtypes that torch keeps it in.
 
     Args:
         base_optimizer: The optimizer that makes the inner steps.
@@ -51,8 +51,10 @@ class Lookahead(Wrapper, Interpolating):
             phi <- phi - alpha (s + mu b) (SNOO, arXiv 2510.15830; DiLoCo's outer step, arXiv 2311.08105). 0 keeps no
             buffer.
         outer_nesterov: False leaves Nesterov's form: phi <- phi - alpha b.
-        master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate. Not around an
-            optimizer whose step is its own.
+        master_weights: Keep fp32 masters of bf16 and fp16 parameters, in which the updates accumulate. Of a bf16 one
+            the state has `master_low`, the 16 bits that the parameter lacks: it is the master rounded to the nearest,
+            ties away from zero. Of an fp16 one it has the whole, `master_param`. Not around an optimizer
+            whose step is its own.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
         {offload}
         {norm}

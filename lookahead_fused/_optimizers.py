@@ -402,8 +402,8 @@ class Lion(Fused):
     lr (sign(c) + weight_decay theta), m <- beta2 m + (1 - beta2) g.
 
     Its state is `exp_avg`, in the dtype of computation (fp32; fp64 for fp64 parameters), `step` in fp64, and for
-    `master_weights` `master_param`. The wrappers fuse their steps with it. A NaN in a gradient makes NaN of its weight,
-    as in the paper's code.
+    `master_weights` `master_low` in int16 or `master_param`. The wrappers fuse their steps with it. A NaN in a gradient
+    makes NaN of its weight, as in the paper's code.
 
     Args:
         params: Tensors, named tensors or parameter groups, as in torch.optim.
@@ -416,7 +416,9 @@ class Lion(Fused):
         fused: False has a GradScaler unscale the gradients before the step, so that they can be clipped in between.
             Else the step unscales them itself. Either way it is fused.
         differentiable: Must be False.
-        master_weights: Keep an fp32 copy of bf16 and fp16 parameters, in which the updates accumulate.
+        master_weights: Keep fp32 masters of bf16 and fp16 parameters, in which the updates accumulate. Of a bf16 one
+            the state has `master_low`, the 16 bits that the parameter lacks: it is the master rounded to the nearest,
+            ties away from zero. Of an fp16 one it has the whole, `master_param`.
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
         {norm}
 

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from . import _masters as masters
 from ._hyperparameters import Argument, check_step
 from ._norm import ClipOnDevice, Order, sum_of_squares
 from ._offload import hold
-from ._policies import CACHED, MASTER, NUMBERS, Policy
+from ._policies import CACHED, NUMBERS, Policy
 from ._rows import (
     Row,
     by_operators,
@@ -143,7 +144,7 @@ class CompiledPart:
         self.spec = spec
         self.module = module
         self._step_pass, self._sync_pass = (module.PASSES[pass_.value] for pass_ in (Pass.STEP, Pass.SYNC))
-        self._entries = _entries(module, spec.rule, spec.policy)
+        self._entries = _entries(module, spec.rule, spec.policy, spec.param_dtype)
         self.table = module.Table(
             tensor_type=Tensor,
             fastest=getattr(module.Way, spec.tuning.way),
@@ -180,7 +181,7 @@ class CompiledPart:
             self._groups[id(row.group)] = self.table.add_group(row.group)
         copy = row.param if row.is_copy else None
         policy = self.spec.policy
-        used = {self.spec.rule.step_name: row.step, MASTER: row.master, policy.slow: row.slow}
+        used = {self.spec.rule.step_name: row.step, policy.slow: row.slow, **dict.fromkeys(masters.NAMES, row.master)}
         used |= {CACHED: row.cached_moment, policy.companion: row.companion, **row.numbers, **row.moments}
         self.table.add_row(
             owner=row.owner,
@@ -363,6 +364,7 @@ class PlainPart:
         factor = 1.0 if clip is None else float(clip)
         for row in self._rows:
             with by_operators(row.name, row.param, row.gradient):
+                row.show_master()
                 row.read_in()
                 self._pass_over(row, scale, factor)
                 row.write_back()
@@ -410,7 +412,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 @functools.lru_cache(64)
-def _entries(module: ModuleType, rule: Rule, policy: Policy) -> tuple[str | None, ...]:
+def _entries(module: ModuleType, rule: Rule, policy: Policy, param_dtype: torch.dtype) -> tuple[str | None, ...]:
     """For each column of a row the name of its entry in a parameter's state, in the compiled module's order.
 
     Raises:
@@ -421,8 +423,9 @@ def _entries(module: ModuleType, rule: Rule, policy: Policy) -> tuple[str | None
     names = iter(rule.moments)
     columns = [name for name, *_ in module.columns()]
     # What a policy does not have has no name in its state.
-    renamed: dict[str, str | None] = {name: name for name in (*policy.numbers, CACHED, MASTER)}
+    renamed: dict[str, str | None] = {name: name for name in (*policy.numbers, CACHED)}
     renamed |= {"step": rule.step_name, "slow": policy.slow or None, "companion": policy.companion or None}
+    renamed["master"] = masters.name_of(param_dtype)
     renamed = {**dict.fromkeys(("param", "grad", *NUMBERS)), **renamed}
     known = {name for name in columns if name is not None} == renamed.keys()
     differs = rule.reads_gradient and (set(hypers) != set(ours) or tuple(moments) != rule.moments)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from . import _masters as masters
 from ._hyperparameters import (
     ABOVE_ZERO,
     BELOW_ONE,
@@ -23,9 +24,9 @@ from ._hyperparameters import (
     one_of,
 )
 
-# State names of every policy's: the first moment as the last event left it, the compute dtype's copy of a parameter in
-# 16 bits, and how many updates there had been when the slow weights were made.
-CACHED, MASTER, START = "cached_momentum", "master_param", "average_start"
+# State names of every policy's: the first moment as the last event left it, and how many updates there had been when
+# the slow weights were made.
+CACHED, START = "cached_momentum", "average_start"
 # The numbers that a policy may keep for a parameter, in the compiled modules' order: the second says where the weights
 # lie between z and x, as the last step left them.
 NUMBERS = (START, "y_interp", "weight_sum", "lr_max")
@@ -65,7 +66,7 @@ class Policy:
     @property
     def as_large(self) -> tuple[str, ...]:
         """What may stand in a parameter's state beside the inner optimizer's own, as large as the parameter."""
-        return tuple(name for name in (self.slow, self.companion, CACHED, MASTER) if name)
+        return tuple(name for name in (self.slow, self.companion, CACHED, *masters.NAMES) if name)
 
     @property
     def entries(self) -> tuple[str, ...]:

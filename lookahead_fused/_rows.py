@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _masters as masters
 from ._offload import check_offload, hosted, may_be_given, new_hosted
-from ._policies import CACHED, MASTER, START, Policy
+from ._policies import CACHED, START, Policy
 from ._rules import Rule
 from ._tensors import (
     check_gradient,
@@ -38,7 +39,8 @@ class Row:
     """One parameter: dense tensors of one shape and stride order on one device.
 
     `param` is the owner's local part, or where that is not dense a copy. `made` are the entries that the owner's state
-    lacks or has in another form: they are its state from `commit` on, and until then nothing has changed.
+    lacks or has in another form, `dropped` those whose place others take: they are its state from `commit` on, and
+    until then nothing has changed. `shown` is what the owner becomes before that, where its master has come whole.
     """
 
     owner: Tensor
@@ -58,6 +60,8 @@ class Row:
     # Names of entries that lie in pinned host memory, beside a parameter on another device.
     hosted: tuple[str, ...]
     made: dict[str, Any]
+    dropped: tuple[str, ...] = ()
+    shown: Tensor | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -92,6 +96,8 @@ class Row:
     def commit(self, state: Any) -> None:
         if self.made:
             state[self.owner].update(self.made)
+        for name in self.dropped:
+            state[self.owner].pop(name, None)
 
     def copied(self, step: int) -> Row:
         """The same numbers in memory of their own, after so many steps."""
@@ -101,6 +107,11 @@ class Row:
         count = torch.tensor(float(step), dtype=torch.float64, device=self.step.device)
         zeros = {name: torch.zeros_like(count) for name in self.numbers}
         return replace(self, **tensors, moments=moments, step=count, numbers=zeros)
+
+    def show_master(self) -> None:
+        """Rounds the owner as its master has it, whose low half says nothing beside a parameter rounded otherwise."""
+        if self.shown is not None:
+            local_tensor(self.owner).copy_(self.shown)
 
     def read_in(self) -> None:
         """Takes over what a row before it wrote into an owner that `param` is a copy of."""
@@ -183,8 +194,10 @@ def _make_row(
             moments[moment] = local_tensor(state[moment])
     master = None
     if rule.reads_gradient and group.get(policy.master_weights) and param.dtype != dtype:
-        master = own.tensor(MASTER, dtype, param)
-    current = param if master is None else master
+        master = own.master()
+    current = param
+    if master is not None and policy.slow and state.get(policy.slow) is None:
+        current = masters.read(param if own.shown is None else own.shown, master)
     slow = own.tensor(policy.slow, dtype, current) if policy.slow else None
     # What is left beside slow weights that start anew is as old as they were.
     restarts = rule.reads_gradient and state.get(policy.slow) is None
@@ -217,6 +230,8 @@ def _make_row(
         moments_loaded,
         own.hosted,
         own.made,
+        own.dropped,
+        own.shown,
     )
 
 
@@ -274,7 +289,10 @@ def _check_entry(param: Tensor, state: Mapping[str, Any], key: str, name: str, i
         raise ValueError(
             f"state {key!r} of {name} must have the parameter's shape {tuple(shape)}, got {tuple(value.shape)}"
         )
-    if value.device.type == "meta" or not (value.is_floating_point() or value.is_complex()):
+    if key == masters.LOW and value.dtype != torch.int16:
+        raise TypeError(f"state {key!r} of {name} must be torch.int16, got {value.dtype}")
+    real = value.is_floating_point() or value.is_complex() or key == masters.LOW
+    if value.device.type == "meta" or not real:
         raise TypeError(
             f"state {key!r} of {name} must be floating-point and hold numbers, got {value.dtype} on {value.device}"
         )
@@ -359,8 +377,7 @@ def average_of(param: Tensor, own: Mapping[str, Any], policy: Policy, has_master
     local = local_tensor(param)
     # From the host, where it is offloaded.
     z = local_tensor(own[policy.slow]).to(local.device)
-    y = local_tensor(own[MASTER]) if has_master and isinstance(own.get(MASTER), Tensor) else local
-    y = y.to(z.dtype)
+    y = masters.read(local, masters.kept(local, own) if has_master else None).to(z.dtype)
     place = own.get("y_interp")
     if place is None:
         return y.clone()
@@ -396,6 +413,8 @@ class _State:
         self.policy = policy
         self.hosted = () if policy is None or group is None else hosted(policy, group, param.device)
         self.made: dict[str, Any] = {}
+        self.dropped: tuple[str, ...] = ()
+        self.shown: Tensor | None = None
 
     def counter(self, name: str, start: Any = None, restarts: bool = False) -> Tensor:
         """A number of applied updates, whatever a checkpoint made of it; where there is none yet that of `start`, or
@@ -430,6 +449,20 @@ class _State:
             check_memory(local, f"state {name!r}")
             return self._make(name, dtype, local)
         return local
+
+    def master(self) -> Tensor:
+        """What is kept of the master, which starts at the parameter; a whole one that a checkpoint has brought decides
+        what a bf16 parameter is, to which side it was rounded there and here."""
+        param, name = self.param, masters.name_for(self.param)
+        self.dropped = tuple(n for n in masters.NAMES if n != name and self.entries.get(n) is not None)
+        if name == masters.WHOLE:
+            return self.tensor(name, torch.float32, param)
+        whole = self.entries.get(masters.WHOLE)
+        if whole is None:
+            return self.tensor(name, torch.int16, None)
+        check_memory(local_tensor(whole), f"state {masters.WHOLE!r}")
+        self.shown, low = masters.halve(local_tensor(whole).to(param.device, torch.float32))
+        return self._make(name, torch.int16, low)
 
     def _make(self, name: str, dtype: torch.dtype, start: Tensor | None) -> Tensor:
         if name in self.hosted:

@@ -342,6 +342,7 @@ class Table:
                 if row.moments_loaded:
                     self._moments_loaded[id(row.owner)] = row.step
                 if not isinstance(part, PlainPart):
+                    row.show_master()
                     row.commit(state)
                     part.add(row, state)
         self._rows.update((id(row.owner), stretch) for row, stretch in zip(rows, stretches, strict=True))

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from . import _masters as masters
 from ._hyperparameters import check_step
 from ._interrupts import uninterrupted
 from ._norm import Clip, GlobalNorm
 from ._parts import State
-from ._policies import MASTER, Lookahead
+from ._policies import Lookahead
 from ._rows import parameter_name
 from ._table import Groups, Member, Table, is_capturing
 from ._tensors import compute_dtype, local_tensor
@@ -202,10 +203,14 @@ class _Mean:
         told = [(name, order[kind], end) for (_, name, _), (kind, _, end) in zip(members, self._shares, strict=True)]
         self.fingerprint = zlib.crc32(repr(told).encode())
 
-    def put(self, thetas: list[Tensor], group: ProcessGroup) -> None:
-        """Replaces tensors, in the order of the parameters, by their means over the workers."""
-        for theta, (kind, begin, end) in zip(thetas, self._shares, strict=True):
-            self._flat[kind][begin:end].view(theta.shape).copy_(theta)
+    def put(self, thetas: list[tuple[Tensor, Tensor | None]], group: ProcessGroup) -> None:
+        """Replaces weights, in the order of the parameters, by their means over the workers.
+
+        Args:
+            thetas: Parameters, each with what is kept of its master, or None.
+        """
+        for (param, kept), (kind, begin, end) in zip(thetas, self._shares, strict=True):
+            self._flat[kind][begin:end].view(param.shape).copy_(masters.read(param, kept))
         size = torch.distributed.get_world_size(group)
         for flat in self._flat.values():
             if flat.numel() > 0:
@@ -214,8 +219,8 @@ class _Mean:
                     bucket = flat[start : start + at_once]
                     torch.distributed.all_reduce(bucket, torch.distributed.ReduceOp.SUM, group)
                 flat.div_(size)
-        for theta, (kind, begin, end) in zip(thetas, self._shares, strict=True):
-            theta.copy_(self._flat[kind][begin:end].view(theta.shape))
+        for (param, kept), (kind, begin, end) in zip(thetas, self._shares, strict=True):
+            masters.write(self._flat[kind][begin:end].view(param.shape), param, kept)
 
 
 def _checked(group: object) -> ProcessGroup:
@@ -313,12 +318,12 @@ def _has_slow(state: State, param: Tensor) -> bool:
     return _own(state, param).get(Lookahead.slow) is not None
 
 
-def _theta(table: Table, state: State, param: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """Where the weights are kept: the master where there is one."""
+def _theta(table: Table, state: State, param: Tensor, group: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """Where the weights are kept: the parameter, and what is kept of its master."""
     local = local_tensor(param)
     if group.get(table.policy.master_weights) and local.dtype != compute_dtype(local.dtype):
-        return local_tensor(_own(state, param)[MASTER])
-    return local
+        return local, masters.kept(local, _own(state, param))
+    return local, None
 
 
 def _first_device(groups: Groups) -> torch.device:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from oracle import Exact, Settings, same_bits, ulps
+from oracle import Exact, Settings, join_master, same_bits, ulps
 from torch import Tensor
 
 import lookahead_fused
@@ -122,6 +122,16 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 
 def same_tensor_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and same_bits(to_numpy(a), to_numpy(b))
+
+
+def with_whole_master(param: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state with the master in fp32, as the oracle has it, where it is kept in two halves."""
+    if "master_low" not in state:
+        return dict(state)
+    low = state["master_low"]
+    assert (param.dtype, low.dtype) == (torch.bfloat16, torch.int16)
+    whole = torch.from_numpy(join_master(to_numpy(param), to_numpy(low)))
+    return {"master_param" if name == "master_low" else name: v for name, v in state.items()} | {"master_param": whole}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -237,14 +247,15 @@ class Lockstep:
         """Takes the optimizer's state into the oracle: a tolerance is for one step and does not add up."""
         for p, o in zip(self.params, self.oracles, strict=True):
             o.param = to_numpy(p)
+            state = with_whole_master(p, self.optimizer.state[p]) if o.state else {}
             for name in o.state:
-                o.state[name] = to_numpy(self.optimizer.state[p][name])
+                o.state[name] = to_numpy(state[name])
 
     def check(self, before: Sequence[np.ndarray] | None = None) -> None:
         """Parameters, and the whole of the state: names, dtypes, shapes, values."""
         for i, (p, o) in enumerate(zip(self.params, self.oracles, strict=True)):
             where = f"parameter {i} of shape {tuple(p.shape)} after step {o.step_count}"
-            state = self.optimizer.state.get(p, {})
+            state = with_whole_master(p, self.optimizer.state.get(p, {}))
             if o.step_count == 0:
                 assert not state, f"{where}: state without a step: {set(state)}"
                 continue

@@ -8,7 +8,7 @@
 `Exact` is the arithmetic: the written order of operations, each rounded once in the compute precision,
 without fused multiply-add. It says which bits are right. It also knows what is stored in which dtype:
 16-bit parameters are read to fp32 and rounded once on the way back, their moments and slow weights are
-fp32.
+fp32. A master is a whole fp32 number here, whatever an optimizer keeps of it.
 
 `test_oracle.py` holds the two against each other and against `torch.optim`.
 """
@@ -173,7 +173,8 @@ class Exact:
     """One parameter under Lookahead, to the bit.
 
     `param` holds what the parameter stores; 16-bit values are held in fp32, where they are exact.
-    `state` holds the arrays that the optimizer's state must hold under the same names, and no others.
+    `state` holds the arrays that the optimizer's state must hold under the same names, and no others; but for
+    `master_param`, of which the state beside a bf16 parameter holds `master_low`, see `join_master`.
 
     Args:
         param: initial value; fp64 for dtype "float64", else fp32 (exactly representable in `dtype`).
@@ -252,7 +253,10 @@ class Exact:
     def _write(self, p: np.ndarray) -> None:
         if self.has_master:
             self.state["master_param"] = p
-        self.param = round_to(p, self.dtype)
+        if self.has_master and self.dtype == "bfloat16":
+            self.param = round_away(p)
+        else:
+            self.param = round_to(p, self.dtype)
 
     def _adam(self, p: np.ndarray, g: np.ndarray) -> np.ndarray:
         s, T = self.settings, self.T
@@ -391,11 +395,27 @@ def round_bfloat16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), x, rounded.view(np.float32))
 
 
+def round_away(x: np.ndarray) -> np.ndarray:
+    """fp32 to bf16 and back, round to nearest, ties away from zero."""
+    x = np.ascontiguousarray(x, dtype=np.float32).reshape(np.shape(x))
+    magnitude = x.view(np.uint32) & np.uint32(0x7FFFFFFF)
+    rounded = (magnitude + np.uint32(0x8000)) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(x), x, np.copysign(rounded.view(np.float32), x))
+
+
+def join_master(param: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """The fp32 number of which a bf16 number, held in fp32, is the rounding, and a signed 16-bit number the rest: so
+    many fp32 numbers lie between the two."""
+    assert low.dtype == np.int16
+    bits = np.ascontiguousarray(param, dtype=np.float32).view(np.uint32).astype(np.int64) + low
+    return (bits % 2**32).astype(np.uint32).view(np.float32).reshape(param.shape)
+
+
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Equal to the bit, the sign of zero included; one NaN is as good as another."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    integer = {4: np.uint32, 8: np.uint64}[a.dtype.itemsize]
+    integer = {2: np.uint16, 4: np.uint32, 8: np.uint64}[a.dtype.itemsize]
     equal = np.ascontiguousarray(a).view(integer) == np.ascontiguousarray(b).view(integer)
     return bool(np.all(equal | (np.isnan(a) & np.isnan(b)).reshape(equal.shape)))
 

@@ -22,6 +22,7 @@ from helpers import (
     oracle_settings,
     snapshot,
     to_numpy,
+    with_whole_master,
 )
 from oracle import Exact, same_bits
 from runs import advance, assert_same_run, copies, fresh, gradients_of, through_a_file
@@ -121,7 +122,7 @@ def test_bits(backend: BackendCase, option: str, rule: str, dtype: torch.dtype) 
         for i, (p, one, g) in enumerate(zip(params, exact, gradients_of(step, params), strict=True)):
             if i != left_out:
                 one.step(to_numpy(g))
-            own = optimizer.state[p]
+            own = with_whole_master(p, optimizer.state[p])
             found = {"param": p, **{name: own[name] for name in one.state if name != "slow_param"}, "z": own["z"]}
             wanted = {"param": one.param, **one.state, "z": one.z}
             for name, tensor in found.items():

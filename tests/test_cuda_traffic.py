@@ -28,6 +28,11 @@ dtypes = pytest.mark.parametrize(
 )
 
 
+def parameter_traffic(dtype: torch.dtype, master: bool) -> tuple[int, int]:
+    """How often the parameter is read and written: one in fp16 that has a master, which is whole, is not read."""
+    return (0 if master and dtype == torch.float16 else 1), 1
+
+
 def watch(library: ctypes.CDLL, *tensors: torch.Tensor) -> None:
     for tensor in tensors:
         size = tensor.numel() * tensor.element_size()
@@ -67,7 +72,7 @@ def test_each_array_is_read_and_written_once(
             for i, x in enumerate([p, p.grad, *(state[name] for name in (*once, *at_sync))])
         ]
         due = t % 3 == 0
-        assert traffic[0] == ((0, 1) if master else (1, 1))
+        assert traffic[0] == parameter_traffic(dtype, master)
         assert traffic[1] == (1, 0)
         for name, got in zip((*once, *at_sync), traffic[2:], strict=True):
             assert got == ((1, 1) if name in once or due else (0, 0)), name
@@ -94,7 +99,7 @@ def test_a_norm_reads_the_gradient_once_more(
         optimizer.step()
     assert runtime.control_read(1) == 2 * p.grad.nbytes
     assert runtime.control_written(1) == 0
-    assert runtime.control_read(0) == (0 if master else p.nbytes)
+    assert runtime.control_read(0) == parameter_traffic(dtype, master)[0] * p.nbytes
 
 
 @pytest.mark.parametrize("rule", [*RULES, *FURTHER])
@@ -107,7 +112,7 @@ def test_a_sync_leaves_alone_what_it_does_not_change(runtime: ctypes.CDLL, rule:
     set_grads([p], seeded(1))
     first = "momentum_buffer" if rule in ("sgd", "rmsprop") else "exp_avg"
     acted_on = (first,) if "pullback_momentum" in hyper else ()
-    moved = ("slow_param", "master_param", "cached_momentum", "outer_momentum_buffer", *acted_on)
+    moved = ("slow_param", "master_low", "cached_momentum", "outer_momentum_buffer", *acted_on)
     optimizer.step()
     for call in (optimizer.sync, optimizer.sync, optimizer.step, optimizer.sync):
         state = {name: value for name, value in optimizer.state[p].items() if value.dim() > 0}
@@ -120,7 +125,7 @@ def test_a_sync_leaves_alone_what_it_does_not_change(runtime: ctypes.CDLL, rule:
             (runtime.control_read(i) / x.nbytes, runtime.control_written(i) / x.nbytes)
             for i, x in enumerate([p, p.grad, *state.values()])
         ]
-        assert traffic[:2] == [(0, 1) if master else (1, 1), (0, 0)]
+        assert traffic[:2] == [(1, 1), (0, 0)]
         assert dict(zip(state, traffic[2:], strict=True)) == {n: (1, 1) if n in moved else (0, 0) for n in state}
         assert runtime.control_elsewhere() == 0
 

@@ -126,24 +126,29 @@ CLASSES = {
     "adamw": lambda ps: LookaheadAdamW(ps, lr=0.1, k=5, pullback_momentum="pullback"),
     "wrapped": lambda ps: Lookahead(torch.optim.SGD(ps, lr=0.1, momentum=0.9), k=5),
     "generic": lambda ps: Lookahead(torch.optim.Adamax(ps, lr=0.1), k=5),
+    "bf16-master": lambda ps: LookaheadAdamW(ps, lr=0.1, k=5, master_weights=True),
 }
 
-def make_model(seed=0):
+def make_model(name, seed=0):
     torch.manual_seed(seed)
     # Over two ranks neither 5 nor 3 rows divide, and one rank has nothing of the last.
-    return torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3), torch.nn.Linear(3, 1))
+    layers = torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3), torch.nn.Linear(3, 1)
+    return torch.nn.Sequential(*layers).to(torch.bfloat16 if "bf16" in name else torch.float32)
 
-def batch(step, of=0):
-    return torch.randn(6, 4, generator=torch.Generator().manual_seed(100 * of + step))
+def batch(model, step, of=0):
+    given = torch.randn(6, 4, generator=torch.Generator().manual_seed(100 * of + step))
+    return given.to(next(model.parameters()).dtype)
 
 def train(model, optimizer, steps, of=0):
     for step in steps:
         optimizer.zero_grad()
-        model(batch(step, of)).square().sum().backward()
+        model(batch(model, step, of)).square().sum().backward()
         optimizer.step()
     optimizer.zero_grad()
 
 def whole(tensor):
+    # gloo sends no int16.
+    tensor = tensor.to(torch.int32) if tensor.dtype == torch.int16 else tensor
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 def same(a, b, what):
@@ -166,15 +171,15 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 mesh = init_device_mesh("cpu", (2,))
 
-def sharded(seed=0):
-    model = make_model(seed)
+def sharded(name, seed=0):
+    model = make_model(name, seed)
     for layer in model[::2]:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 for name, make in CLASSES.items():
     # Both ranks see the same batch: the mean of two equal gradients is that gradient, to the bit.
-    model, plain = sharded(), make_model()
+    model, plain = sharded(name), make_model(name)
     optimizer, twin = make(model.parameters()), make(plain.parameters())
     for m, o in ((model, optimizer), (plain, twin)):
         train(m, o, range(7))
@@ -189,7 +194,7 @@ for name, make in CLASSES.items():
     fast = [whole(p.detach()).clone() for p in model.parameters()]
     with optimizer.slow_weights(), twin.slow_weights(), torch.no_grad():
         same(model.parameters(), plain.parameters(), f"{name}, slow")
-        same([model(batch(0))], [plain(batch(0))], f"{name}, evaluated on the slow weights")
+        same([model(batch(model, 0))], [plain(batch(plain, 0))], f"{name}, evaluated on the slow weights")
         # The root stays gathered after a forward pass: its parameters are not the optimizer's until this.
         model.reshard()
         inside = copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer))
@@ -198,7 +203,7 @@ for name, make in CLASSES.items():
     for fqn, own in saved["state"].items():
         same(own.values(), inside["state"][fqn].values(), f"{name}, saved inside, {fqn}")
 
-    resumed_model = sharded(seed=1)
+    resumed_model = sharded(name, seed=1)
     with torch.no_grad():
         for p, q in zip(resumed_model.parameters(), model.parameters(), strict=True):
             p.copy_(q)
@@ -228,11 +233,11 @@ DDP = """
 from torch.nn.parallel import DistributedDataParallel
 
 for name, make in CLASSES.items():
-    model, plain = DistributedDataParallel(make_model()), make_model()
+    model, plain = DistributedDataParallel(make_model(name)), make_model(name)
     optimizer, twin = make(model.parameters()), make(plain.parameters())
     for step in range(7):
         optimizer.zero_grad()
-        model(batch(step, of=rank)).square().sum().backward()
+        model(batch(model, step, of=rank)).square().sum().backward()
         for p, q in zip(model.parameters(), plain.parameters(), strict=True):
             q.grad = p.grad.clone()
         optimizer.step()
@@ -250,9 +255,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 SHARDED = {
     "adamw": (LookaheadAdamW, {"lr": 0.1, "k": 5, "pullback_momentum": "pullback"}),
     "sgd": (LookaheadSGD, {"lr": 0.1, "momentum": 0.9, "k": 5}),
+    "bf16-master": (LookaheadAdamW, {"lr": 0.1, "k": 5, "master_weights": True}),
 }
 for name, (cls, hyper) in SHARDED.items():
-    model, plain = make_model(), make_model()
+    model, plain = make_model(name), make_model(name)
     optimizer, twin = ZeroRedundancyOptimizer(model.parameters(), cls, **hyper), cls(plain.parameters(), **hyper)
     for m, o in ((model, optimizer), (plain, twin)):
         train(m, o, range(7))
@@ -270,7 +276,7 @@ for name, (cls, hyper) in SHARDED.items():
     # Copied: torch's state dict and loading here alias what they are given.
     box = [copy.deepcopy(optimizer.state_dict()) if rank == 0 else None]
     dist.broadcast_object_list(box, src=0)
-    resumed_model = make_model()
+    resumed_model = make_model(name)
     with torch.no_grad():
         for p, q in zip(resumed_model.parameters(), model.parameters(), strict=True):
             p.copy_(q)

@@ -91,6 +91,7 @@ MAKERS = {
     "adamw": lambda ps: LookaheadAdamW(ps, lr=0.1, k=5),
     "external": lambda ps: Lookahead(torch.optim.Adamax(ps, lr=0.1), k=5),
     "ema": lambda ps: EMA(torch.optim.AdamW(ps, lr=0.1), 0.7),
+    "master": lambda ps: LookaheadAdamW(ps, lr=0.1, k=5, master_weights=True),
 }
 mesh = init_device_mesh("cpu", (2,))
 

@@ -129,7 +129,7 @@ def test_16_bit_parameters_are_rounded_once() -> None:
         master.step(g)
     assert bare.param.item() == 1.0
     assert master.state["master_param"].item() == 1 + 12 * 2.0**-10
-    assert master.param.item() == 1 + 2 * 2.0**-7  # 1.5 units: to even
+    assert master.param.item() == 1 + 2 * 2.0**-7  # 1.5 units: away from zero
 
 
 @pytest.mark.parametrize("T", [np.float32, np.float64])

@@ -17,6 +17,7 @@ COMMON = """
 import io
 from helpers import assert_unchanged, snapshot
 from lookahead_fused import Lookahead, LookaheadAdamW, LookaheadSGD, _workers
+from lookahead_fused import _masters as masters
 
 WORLD, K = dist.group.WORLD, 3
 SHAPES = ((7,), (3, 5), (), (0,), (3000,))
@@ -48,8 +49,8 @@ def gradient(p, t, i, worker):
         return None
     return torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * worker + 10 * t + i)).to(p.dtype)
 
-def kept(optimizer, p):
-    return optimizer.state[p].get("master_param", p)
+def theta(optimizer, p):
+    return masters.read(p.detach(), optimizer.state[p].get("master_low"))
 
 def same(a, b, what, exact=True, rtol=1e-5):
     a, b = a.detach(), b.detach()
@@ -66,7 +67,8 @@ def same_state(optimizer, params, twins, twin_params, what, exact):
         same(p, q, f"{what}, parameter {i}", exact, rtol)
         own, other = optimizer.state[p], twin.state[q]
         assert own.keys() == other.keys(), what
-        for key in own:
+        same(theta(optimizer, p), theta(twin, q), f"{what}, theta of {i}", exact, rtol)
+        for key in own.keys() - {"master_low"}:
             same(torch.as_tensor(own[key]), torch.as_tensor(other[key]), f"{what}, {key} of {i}", exact, rtol)
 """
 
@@ -89,12 +91,13 @@ def by_hand(make, dtype, steps, skipped=()):
             if copies[0][i].grad is None or updates % K != 0:
                 continue
             with torch.no_grad():
-                theta = [kept(optimizers[i], params[i]) for optimizers, params in zip(twins, copies)]
-                total = theta[0].to(torch.float64 if dtype == torch.float64 else torch.float32, copy=True)
-                for other in theta[1:]:
+                thetas = [theta(optimizers[i], params[i]) for optimizers, params in zip(twins, copies)]
+                total = thetas[0].to(torch.float64 if dtype == torch.float64 else torch.float32, copy=True)
+                for other in thetas[1:]:
                     total += other
-                for tensor in theta:
-                    tensor.copy_(total / size)
+                for optimizers, params in zip(twins, copies):
+                    low = optimizers[i].state[params[i]].get("master_low")
+                    masters.write(total / size, params[i], low)
             for optimizers in twins:
                 optimizers[i].sync()
     return twins[rank], copies[rank]

@@ -21,7 +21,7 @@ def step_bytes(setting: Setting) -> int:
     moments = 1 if setting.rule == "sgd" else 2
     state = 2 * FP32 * moments  # read and written
     if setting.dtype == "bf16-master":
-        return state + HALF + 2 * FP32 + HALF  # gradient read, master read and written, parameter written
+        return state + 5 * HALF  # gradient read; parameter and low half of its master, each read and written
     size = FP32 if setting.dtype == "fp32" else HALF
     return state + 3 * size  # gradient read, parameter read and written
 

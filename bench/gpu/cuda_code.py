@@ -100,16 +100,28 @@ def kernels(module: Path) -> list[Kernel]:
 
 def bytes_asked_before_use(kernel: Kernel) -> int:
     """What the first run of 16-byte loads asks for, before an instruction reads what one of them brings."""
-    asked, pending = 0, set[int]()
+    return next(iter(_runs_of_loads(kernel, {"128": 16})), 0)
+
+
+def bytes_asked_with_halves(kernel: Kernel) -> list[int]:
+    """The same of every run, counted with loads of 8 bytes: those that have a hint, as no load of the table has."""
+    return _runs_of_loads(kernel, {"128": 16, "EF.64": 8})
+
+
+def _runs_of_loads(kernel: Kernel, counted: dict[str, int]) -> list[int]:
+    runs, asked, pending = [], 0, set[int]()
     for line in kernel.code:
         registers = [int(r) for r in re.findall(r"\bR(\d+)\b", line)]
-        if found := re.search(r"LDG\.\S*128\S* R(\d+),", line):
+        found = re.search(rf"LDG\.\S*({'|'.join(map(re.escape, counted))})\S* R(\d+),", line)
+        if found:
             # Its address may lie where its value will.
-            pending |= set(range(int(found[1]), int(found[1]) + 4))
-            asked += 16
+            size = counted[found[1]]
+            pending |= set(range(int(found[2]), int(found[2]) + size // 4))
+            asked += size
         elif pending & set(registers[0 if _only_reads(line) else 1 :]):
-            return asked
-    return asked
+            runs.append(asked)
+            asked, pending = 0, set()
+    return [*runs, asked] if asked else runs
 
 
 def _only_reads(line: str) -> bool:

@@ -97,6 +97,7 @@ COMPARISONS = {
     "gpt2-bf16": Comparison(
         "gpt2-small", Setting(dtype="bf16"), rounds=8, targets={f"{OURS}, fp32": 1.0}, at_full=True
     ),
+    "gpt2-bf16-master": Comparison("gpt2-small", Setting(dtype="bf16-master"), rounds=8, near=(MASTERS,)),
     "one-large": Comparison("one-large", rounds=16, targets={SYNC: 1.15, PLAIN: 0.97}, share_target=95),
     "many-small": Comparison("many-small", rounds=16, far=ALL_FAR, targets={SYNC: 15}),
     "small-gpt-training": Comparison("small-gpt", rounds=6, targets={SYNC: 1.25, PLAIN: 1.0}, in_training=True),
@@ -130,7 +131,7 @@ def needed_bytes(comparison: Comparison, with_ceiling: bool, device: str) -> int
     setting = comparison.setting
     moments = 1 if setting.rule == "sgd" else 2
     size = 4 if setting.dtype == "fp32" else 2
-    ours = 2 * size + 4 * moments + 4 + (4 if setting.dtype == "bf16-master" else 0)
+    ours = 2 * size + 4 * moments + 4 + (2 if setting.dtype == "bf16-master" else 0)
     state = {PLAIN: size * (1 + moments), MASTERS: size + 4 * (3 + moments)}
     near = sum(state.get(name, size * (2 + moments)) for name in comparison.near)
     near += 4 * (3 + moments) + 4 if comparison.at_full else 0

@@ -9,6 +9,7 @@
 
 #include "../rules/numeric.h"
 #include "../table/dtypes.h"
+#include "../table/master.h"
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -78,6 +79,7 @@ struct Convert {
     using Half = typename Register<uint16_t, N>::Type;
     using Word = typename Register<uint32_t, N>::Type;
     using Signed = typename Register<int32_t, N>::Type;
+    using Short = typename Register<int16_t, N>::Type;
 
     static LF_HD Float widen_bfloat16(Half bits) {
         return {bit_cast<typename Float::Native>(__builtin_convertvector(bits, Word) << 16)};
@@ -89,6 +91,18 @@ struct Convert {
         const Word is_nan = (Word)((bits & 0x7fffffffu) > 0x7f800000u);
         // The NaN that NVIDIA's conversion gives.
         return __builtin_convertvector((is_nan & 0x7fffu) | (~is_nan & rounded), Half);
+    }
+
+    static LF_HD Float join_master(Half param, Short low) {
+        const Word high = __builtin_convertvector(param, Word);
+        return {bit_cast<typename Float::Native>(join_halves(high, (Word) __builtin_convertvector(low, Signed)))};
+    }
+
+    static LF_HD void halve_master(Float master, Half& param, Half& low) {
+        Word high, rest;
+        halve(bit_cast<Word>(master.native), high, rest);
+        param = __builtin_convertvector(high, Half);
+        low = __builtin_convertvector(rest, Half);
     }
 
     static LF_HD Float widen_float16(Half bits) {
@@ -183,6 +197,33 @@ struct Memory<float, N, Float16> {
     static LF_HD void store(Float16* to, Vec<float, N> value) {
         const auto bits = Convert<N>::narrow_float16(value);
         std::memcpy(to, &bits, sizeof(bits));
+    }
+};
+
+// The same of parameters that have a master, whole or halved.
+template <class T, int N, class P>
+struct MasterMemory {
+    static LF_HD Vec<T, N> load(const P*, const T* master) { return Memory<T, N, T>::load(master); }
+    static LF_HD void store(P* param, T* master, Vec<T, N> value) {
+        Memory<T, N, T>::store(master, value);
+        Memory<T, N, P>::store(param, value);
+    }
+};
+
+template <int N>
+struct MasterMemory<float, N, BFloat16> {
+    static LF_HD Vec<float, N> load(const BFloat16* param, const LowHalf* master) {
+        typename Convert<N>::Half high;
+        typename Convert<N>::Short low;
+        std::memcpy(&high, param, sizeof(high));
+        std::memcpy(&low, master, sizeof(low));
+        return Convert<N>::join_master(high, low);
+    }
+    static LF_HD void store(BFloat16* param, LowHalf* master, Vec<float, N> value) {
+        typename Convert<N>::Half high, low;
+        Convert<N>::halve_master(value, high, low);
+        std::memcpy(param, &high, sizeof(high));
+        std::memcpy(master, &low, sizeof(low));
     }
 };
 

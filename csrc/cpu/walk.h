@@ -30,17 +30,21 @@ struct Walk {
     struct Arrays {
         P* param;
         const G* grad;
+        Master<P>* master;
         StateArrays<Rule, T> state;
     };
+
+    template <class M>
+    static LF_HD M* part(void* column, int64_t offset) {
+        return column == nullptr ? nullptr : static_cast<M*>(column) + offset;
+    }
 
     static LF_HD Arrays arrays(const Step& step, const Row& row, int64_t offset) {
         Arrays at;
         at.param = static_cast<P*>(row.column[PARAM]) + offset;
         at.grad = Rule::reads_gradient ? static_cast<const G*>(row.column[GRAD]) + offset : nullptr;
-        for (int i = STATE; i < STATE_END<Rule>; ++i) {
-            T* const base = static_cast<T*>(row.column[i]);
-            at.state[i] = base == nullptr ? nullptr : base + offset;
-        }
+        at.master = part<Master<P>>(row.column[MASTER], offset);
+        for (int i = STATE; i < STATE_END<Rule>; ++i) at.state[i] = part<T>(row.column[i], offset);
         if (!Rule::reads_gradient && !step.slow.acts_on_moment) at.state[MOMENT] = nullptr;
         return at;
     }
@@ -55,7 +59,8 @@ struct Walk {
         const auto store = [i](auto* to, V value) {
             Memory<T, WIDTH, std::decay_t<decltype(*to)>>::store(to + i, value);
         };
-        V p = at.state[MASTER] != nullptr ? load(at.state[MASTER]) : load(at.param);
+        using WithMaster = MasterMemory<T, WIDTH, P>;
+        V p = at.master != nullptr ? WithMaster::load(at.param + i, at.master + i) : load(at.param);
         V moment[Rule::MOMENTS] = {};
         for (int m = 0; m < Rule::MOMENTS; ++m) {
             if (at.state[MOMENT + m] != nullptr) moment[m] = load(at.state[MOMENT + m]);
@@ -99,16 +104,20 @@ struct Walk {
         }
         // What is not computed here and not changed here stays as it is, also where it was rounded.
         if (!Rule::reads_gradient && !step.slow.restarts) return;
-        if (at.state[MASTER] != nullptr) store(at.state[MASTER], p);
-        store(at.param, p);
+        if (at.master != nullptr) {
+            WithMaster::store(at.param + i, at.master + i, p);
+        } else {
+            store(at.param, p);
+        }
     }
 
     // An address past the end of a tensor is harmless here.
     static LF_HD void prefetch(const Step& step, const Arrays& at, int64_t i) {
         __builtin_prefetch(at.param + i, 1);
         if constexpr (Rule::reads_gradient) __builtin_prefetch(at.grad + i, 0);
+        if (at.master != nullptr) __builtin_prefetch(at.master + i, 1);
         for (int column = STATE; column < STATE_END<Rule>; ++column) {
-            const bool moved = step.slow.due || column < SLOW || column >= MOMENT;
+            const bool moved = step.slow.due || column >= MOMENT;
             if (at.state[column] != nullptr && moved) __builtin_prefetch(at.state[column] + i, 1);
         }
     }

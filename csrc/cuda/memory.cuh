@@ -12,6 +12,7 @@
 
 #include "../rules/numeric.h"
 #include "../table/dtypes.h"
+#include "../table/master.h"
 #include "runtime.h"
 
 namespace lookahead_fused {
@@ -66,6 +67,22 @@ __device__ __forceinline__ void narrow(float value, Float16& to) {
     // The instruction gives one NaN for all; x86 keeps sign and payload.
     const uint32_t nan = ((bits >> 16) & 0x8000u) | 0x7e00u | ((bits >> 13) & 0x03ffu);
     to.bits = is_nan ? static_cast<uint16_t>(nan) : float_to_half_bits(value);
+}
+
+// A bf16 parameter's master, from and to its two halves.
+__device__ __forceinline__ float join(BFloat16 param, LowHalf low) {
+    const uint32_t bits = join_halves<uint32_t>(param.bits, static_cast<int32_t>(low.bits));
+    float master;
+    std::memcpy(&master, &bits, sizeof(master));
+    return master;
+}
+
+__device__ __forceinline__ void halve(float master, BFloat16& param, LowHalf& low) {
+    uint32_t bits, high, rest;
+    std::memcpy(&bits, &master, sizeof(bits));
+    halve(bits, high, rest);
+    param.bits = static_cast<uint16_t>(high);
+    low.bits = static_cast<int16_t>(rest);
 }
 
 __device__ __forceinline__ float widen(float value) { return value; }

@@ -27,16 +27,21 @@ struct Walk {
     // whose conversions would not fit the registers: 8 bytes.
     static constexpr int VECTOR = sizeof(G) < sizeof(P) ? 1 : 16 / sizeof(P);
 
+    // The same of a bf16 parameter that has a master: 16 bytes of what is kept in the compute type. Of eight elements
+    // the low halves would not fit the registers.
+    static constexpr int UNIT = 16 / sizeof(T);
+
     // How many elements have to be there for a thread to take that many: those of a warp where its lanes trade.
     static constexpr int WHOLE = VECTOR * sizeof(T) > 16 ? 32 * VECTOR : VECTOR;
 
     // The parameter is kept in fewer bits than it is computed in; only then there may be a master.
-    static constexpr bool NARROW = sizeof(P) < sizeof(T);
+    static constexpr bool NARROW = sizeof(P) < sizeof(T), HALVED = MASTER_IS_HALVED<P>;
 
     // A chunk's own part of its row's arrays; null where the row has none and where this pass leaves it alone.
     struct Arrays {
         P* param;
         const G* grad;
+        Master<P>* master;
         StateArrays<Rule, T> state;
     };
 
@@ -49,6 +54,7 @@ struct Walk {
         Arrays at;
         at.param = part<P>(row.column[PARAM], offset);
         at.grad = Rule::reads_gradient ? part<G>(gradient, offset) : nullptr;
+        at.master = part<Master<P>>(row.column[MASTER], offset);
         for (int i = STATE; i < STATE_END<Rule>; ++i) at.state[i] = part<T>(row.column[i], offset);
         if (!Rule::reads_gradient && !step.slow.acts_on_moment) at.state[MOMENT] = nullptr;
         return at;
@@ -56,7 +62,7 @@ struct Walk {
 
     static __device__ bool aligned(const Arrays& at) {
         const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
-        uintptr_t all = address(at.param) | address(at.grad);
+        uintptr_t all = address(at.param) | address(at.grad) | address(at.master);
         for (int i = STATE; i < STATE_END<Rule>; ++i) all |= address(at.state[i]);
         return all % 16 == 0;
     }
@@ -89,28 +95,37 @@ struct Walk {
     // neighbours trade halves, and two lanes take 32 bytes that lie together.
     template <int N>
     static __device__ __forceinline__ void narrow_elements(const Step& step, const Arrays& at, int i) {
-        constexpr int UNIT = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
+        constexpr int UNIT = N * sizeof(T) > 16 ? Walk::UNIT : N;
         constexpr bool TRADED = UNIT < N;
         static_assert(!TRADED || N == 2 * UNIT, "two lanes trade halves");
         constexpr int STRIDE = TRADED ? N : UNIT;
         const int first = TRADED && threadIdx.x % 2 != 0 ? i - UNIT : i;
         constexpr bool NARROW_GRAD = sizeof(G) < sizeof(T);
 
-        T* const master = at.state[MASTER];
+        // Of a row that has low halves as many as are not traded.
+        constexpr bool LOW = HALVED && !TRADED;
+        const bool has_master = (LOW || !HALVED) && at.master != nullptr;
         Pack<P, N> param{};
+        // Without a master zeros: then it is the parameter.
+        Pack<LowHalf, LOW ? N : 1> low{};
         Pack<G, NARROW_GRAD ? N : UNIT> grad{};
         Pack<T, UNIT> p{}, moment[MOMENTS] = {};
         const auto load_unit = [&](int place) {
             if constexpr (Rule::reads_gradient && !NARROW_GRAD) load<Reuse::NEXT_STEP>(grad, at.grad + place);
-            if (master != nullptr) load<Reuse::NEXT_STEP>(p, master + place);
+            if constexpr (!HALVED) {
+                if (has_master) load<Reuse::NEXT_STEP>(p, at.master + place);
+            }
             load_moments(at, place, moment);
         };
         // All loads of the first unit before the trade, which waits for what it trades.
-        if (master == nullptr) load<Reuse::SOON>(param, at.param + i);
+        if (HALVED || !has_master) load<Reuse::SOON>(param, at.param + i);
+        if constexpr (LOW) {
+            if (has_master) load<Reuse::NEXT_STEP>(low, at.master + i);
+        }
         if constexpr (Rule::reads_gradient && NARROW_GRAD) load<Reuse::NEXT_STEP>(grad, at.grad + i);
         load_unit(first);
         if constexpr (TRADED) {
-            if (master == nullptr) trade_halves(param);
+            if (HALVED || !has_master) trade_halves(param);
             if constexpr (Rule::reads_gradient && NARROW_GRAD) trade_halves(grad);
         }
 #pragma unroll
@@ -119,16 +134,43 @@ struct Walk {
             if (u > 0) load_unit(place);
             Pack<T, UNIT> g;
             for (int j = 0; j < UNIT; ++j) g.element[j] = widen(grad.element[NARROW_GRAD ? u * UNIT + j : j]);
-            if (master == nullptr) {
-                for (int j = 0; j < UNIT; ++j) p.element[j] = widen(param.element[u * UNIT + j]);
+            for (int j = 0; j < UNIT; ++j) {
+                if constexpr (LOW) {
+                    p.element[j] = join(param.element[u * UNIT + j], low.element[u * UNIT + j]);
+                } else if (!has_master) {
+                    p.element[j] = widen(param.element[u * UNIT + j]);
+                }
             }
             unit(step, at, place, p, g, moment);
-            if (master != nullptr && changes_weights(step)) store<Reuse::NEXT_STEP>(master + place, p);
-            for (int j = 0; j < UNIT; ++j) narrow(p.element[j], param.element[u * UNIT + j]);
+            if constexpr (!HALVED) {
+                if (has_master && changes_weights(step)) store<Reuse::NEXT_STEP>(at.master + place, p);
+            }
+            for (int j = 0; j < UNIT; ++j) {
+                if constexpr (LOW) {
+                    if (has_master) {
+                        halve(p.element[j], param.element[u * UNIT + j], low.element[u * UNIT + j]);
+                        continue;
+                    }
+                }
+                narrow(p.element[j], param.element[u * UNIT + j]);
+            }
         }
         if (!changes_weights(step)) return;
+        if constexpr (LOW) {
+            if (has_master) store<Reuse::NEXT_STEP>(at.master + i, low);
+        }
         if constexpr (TRADED) trade_halves(param);
         store<Reuse::SOON>(at.param + i, param);
+    }
+
+    // A chunk's elements, N at a time, as long as there are WHOLE of them; returns how many that were.
+    template <int N, int WHOLE>
+    static __device__ __forceinline__ int vectors(const Step& step, const Arrays& at, int count) {
+        const int whole = N > 1 && aligned(at) ? count / WHOLE * WHOLE : 0;
+        // Not unrolled: that costs registers, and what is resident elsewhere on the multiprocessor hides the latency.
+#pragma unroll 1
+        for (int i = static_cast<int>(threadIdx.x) * N; i < whole; i += CHUNK_THREADS * N) elements<N>(step, at, i);
+        return whole;
     }
 
     template <int N>
@@ -179,9 +221,40 @@ struct Walk {
     // Where the weights are in the compute type: a parameter that is kept in fewer bits has a master here.
     static __device__ T* kept_weights(const Arrays& at) {
         if constexpr (NARROW) {
-            return at.state[MASTER];
+            return at.master;
         } else {
             return at.param;
+        }
+    }
+
+    // N weights of such a row.
+    template <int N>
+    static __device__ __forceinline__ void load_weights(const Arrays& at, int i, Pack<T, N>& p) {
+        if constexpr (HALVED) {
+            Pack<P, N> param;
+            Pack<LowHalf, N> low;
+            load<Reuse::SOON>(param, at.param + i);
+            load<Reuse::SOON>(low, at.master + i);
+            for (int j = 0; j < N; ++j) p.element[j] = join(param.element[j], low.element[j]);
+        } else {
+            load<Reuse::SOON>(p, kept_weights(at) + i);
+        }
+    }
+
+    template <int N>
+    static __device__ __forceinline__ void store_weights(const Arrays& at, int i, const Pack<T, N>& p) {
+        Pack<P, N> param;
+        if constexpr (HALVED) {
+            Pack<LowHalf, N> low;
+            for (int j = 0; j < N; ++j) halve(p.element[j], param.element[j], low.element[j]);
+            store<Reuse::SOON>(at.master + i, low);
+            store<Reuse::SOON>(at.param + i, param);
+        } else {
+            store<Reuse::SOON>(kept_weights(at) + i, p);
+            if constexpr (NARROW) {
+                for (int j = 0; j < N; ++j) narrow(p.element[j], param.element[j]);
+                store<Reuse::SOON>(at.param + i, param);
+            }
         }
     }
 
@@ -193,16 +266,20 @@ struct Walk {
     // it would take registers from every policy's step.
     template <int N>
     static __device__ __forceinline__ void averaged_elements(const Step& step, const Arrays& at, int i) {
-        T* const y = kept_weights(at);
         Pack<G, N> grad{};
         if constexpr (Rule::reads_gradient) load<Reuse::NEXT_STEP>(grad, at.grad + i);
         Pack<T, N> p, x{}, moment[MOMENTS] = {};
-        load<Reuse::SOON>(p, y + i);
+        load_weights(at, i, p);
         if constexpr (Rule::reads_gradient) {
-            // By an address and not by a copy of y, which would wait for it before all is under way.
             Pack<T, N> z;
-            load<Reuse::NEXT_STEP>(z, (step.slow.capture ? y : at.state[SLOW]) + i);
+            if constexpr (HALVED) {
+                load<Reuse::NEXT_STEP>(z, at.state[SLOW] + i);
+            } else {
+                // By an address and not by a copy of y, which would wait for it before all is under way.
+                load<Reuse::NEXT_STEP>(z, (step.slow.capture ? kept_weights(at) : at.state[SLOW]) + i);
+            }
             load_moments(at, i, moment);
+            if (HALVED && step.slow.capture) z = p;
             for (int j = 0; j < N; ++j) {
                 x.element[j] = step.slow.average(p.element[j], z.element[j]);
                 p.element[j] = z.element[j];
@@ -228,12 +305,7 @@ struct Walk {
             step.slow.averaged(p.element[j], z, x.element[j]);
         }
         if constexpr (!Rule::reads_gradient) store<Reuse::NEXT_STEP>(at.state[COMPANION] + i, x);
-        store<Reuse::SOON>(y + i, p);
-        if constexpr (NARROW) {
-            Pack<P, N> param;
-            for (int j = 0; j < N; ++j) narrow(p.element[j], param.element[j]);
-            store<Reuse::SOON>(at.param + i, param);
-        }
+        store_weights(at, i, p);
     }
 };
 
@@ -266,15 +338,16 @@ __global__ void __launch_bounds__(CHUNK_THREADS, 1024 / CHUNK_THREADS) chunks(La
     __syncthreads();
     if (!Rule::reads_gradient && !step.slow.due) return;
 
-    const int vectored = Walk::VECTOR > 1 && Walk::aligned(at) ? chunk.count / Walk::WHOLE * Walk::WHOLE : 0;
-    const int thread = static_cast<int>(threadIdx.x);
-    // Not unrolled: that costs registers, and what is resident elsewhere on the multiprocessor hides the latency.
-#pragma unroll 1
-    for (int i = thread * Walk::VECTOR; i < vectored; i += CHUNK_THREADS * Walk::VECTOR) {
-        Walk::template elements<Walk::VECTOR>(step, at, i);
+    int whole;
+    if (Walk::HALVED && at.master != nullptr) {
+        whole = Walk::template vectors<Walk::UNIT, Walk::UNIT>(step, at, chunk.count);
+    } else {
+        whole = Walk::template vectors<Walk::VECTOR, Walk::WHOLE>(step, at, chunk.count);
     }
 #pragma unroll 1
-    for (int i = vectored + thread; i < chunk.count; i += CHUNK_THREADS) Walk::template elements<1>(step, at, i);
+    for (int i = whole + static_cast<int>(threadIdx.x); i < chunk.count; i += CHUNK_THREADS) {
+        Walk::template elements<1>(step, at, i);
+    }
 }
 
 // The same for a policy that averages.

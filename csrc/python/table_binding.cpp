@@ -83,7 +83,8 @@ TableBinding::TableBinding(py::handle tensor_type, TensorReader::Way fastest, co
     if (entries_.size() != COLUMNS) throw py::value_error("entries must name each of the columns, or None");
     const Dtype compute = param_dtype_ == Dtype::FLOAT64 ? Dtype::FLOAT64 : Dtype::FLOAT32;
     for (int i = 0; i < COLUMNS; ++i) {
-        const Dtype dtype[] = {param_dtype_, grad_dtype_, compute, Dtype::FLOAT64};
+        const Dtype master = param_dtype_ == Dtype::BFLOAT16 ? Dtype::INT16 : compute;
+        const Dtype dtype[] = {param_dtype_, grad_dtype_, master, compute, Dtype::FLOAT64};
         column_dtype_[i] = dlpack_dtype(dtype[COLUMN_FACTS[i].type]);
     }
 }

@@ -126,7 +126,7 @@ class TableBinding {
     dlpack::DataType column_dtype_[COLUMNS];
     // Of the tensors that were last described, by where they lie, on the device or the host, and the type of their
     // column.
-    TorchShim::Marks marks_[2][4];
+    TorchShim::Marks marks_[2][ColumnFacts::TYPES];
     py::tuple entries_;
     py::object conform_, hold_;
     // What `hold` gave, by row and column: memory that is held is no other's, and its address need not be asked again

@@ -57,7 +57,7 @@ py::dict layout() {
 // The columns of a row in their order: what each is called in a parameter's state (None: a moment, which its rule
 // names), its type of elements, whether it is one number, whether every row has it.
 py::tuple columns() {
-    const char* const types[] = {"param", "grad", "compute", "float64"};
+    const char* const types[] = {"param", "grad", "master", "compute", "float64"};
     py::list all;
     for (const ColumnFacts& facts : COLUMN_FACTS) {
         const py::object name = facts.name == nullptr ? py::object(py::none()) : py::object(py::str(facts.name));

@@ -16,8 +16,12 @@ struct BFloat16 {
 struct Float16 {
     uint16_t bits;
 };
+// What stands beside a bf16 parameter for its master: see master.h.
+struct LowHalf {
+    int16_t bits;
+};
 
-enum class Dtype : int32_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+enum class Dtype : int32_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, INT16 };
 
 // A type as it is known in memory, in C++ and, by torch's name for it, in Python.
 template <class Type>
@@ -46,6 +50,12 @@ struct DtypeOf<Float16> {
     static constexpr Dtype value = Dtype::FLOAT16;
     static constexpr const char* name = "float16";
 };
+template <>
+struct DtypeOf<LowHalf> {
+    using Type = LowHalf;
+    static constexpr Dtype value = Dtype::INT16;
+    static constexpr const char* name = "int16";
+};
 
 // A parameter's type in memory and its gradient's.
 template <class P, class G>
@@ -55,7 +65,9 @@ struct Pattern {
     static constexpr Dtype param = DtypeOf<P>::value, grad = DtypeOf<G>::value;
 };
 
+// What parameters and gradients may be, and what columns may be.
 using Dtypes = List<DtypeOf<float>, DtypeOf<double>, DtypeOf<BFloat16>, DtypeOf<Float16>>;
+using ColumnDtypes = List<DtypeOf<float>, DtypeOf<double>, DtypeOf<BFloat16>, DtypeOf<Float16>, DtypeOf<LowHalf>>;
 
 using Patterns =
     List<Pattern<float, float>, Pattern<double, double>, Pattern<double, float>, Pattern<BFloat16, BFloat16>,

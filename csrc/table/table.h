@@ -19,18 +19,18 @@ enum Column : int {
     Y_INTERP,
     WEIGHT_SUM,
     LR_MAX,
-    MASTER,          // theta in the compute type: then PARAM is written and not read
-    STATE = MASTER,  // from here on the columns are of the compute type, and as many elements as the parameter has
-    SLOW,            // phi, the average, or z
-    CACHED_MOMENT,   // the first moment as the last sync left it, for pullback
-    COMPANION,       // what stands beside that: phi's own momentum, or x
-    MOMENT,          // the rule's moments, in the order of its moment_names
+    MASTER,         // what is kept of theta in the compute type (master.h): where it is whole, PARAM is not read
+    SLOW,           // phi, the average, or z
+    STATE = SLOW,   // from here on the columns are of the compute type, and as many elements as the parameter has
+    CACHED_MOMENT,  // the first moment as the last sync left it, for pullback
+    COMPANION,      // what stands beside that: phi's own momentum, or x
+    MOMENT,         // the rule's moments, in the order of its moment_names
     COLUMNS = MOMENT + 3
 };
 
 // Columns as data: whoever makes, checks or packs a row loops over these.
 struct ColumnFacts {
-    enum Type { PARAM_TYPE, GRAD_TYPE, COMPUTE_TYPE, FP64 };
+    enum Type { PARAM_TYPE, GRAD_TYPE, MASTER_TYPE, COMPUTE_TYPE, FP64, TYPES };
     enum Access { READ, WRITTEN };  // by a step; WRITTEN ones are read too
 
     const char* name;  // null: a moment, which its rule names
@@ -48,7 +48,7 @@ constexpr ColumnFacts COLUMN_FACTS[COLUMNS] = {
     {"y_interp", ColumnFacts::FP64, ColumnFacts::WRITTEN, true, false},
     {"weight_sum", ColumnFacts::FP64, ColumnFacts::WRITTEN, true, false},
     {"lr_max", ColumnFacts::FP64, ColumnFacts::WRITTEN, true, false},
-    {"master_param", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
+    {"master", ColumnFacts::MASTER_TYPE, ColumnFacts::WRITTEN, false, false},
     {"slow", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
     {"cached_momentum", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
     {"companion", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},

@@ -39,7 +39,10 @@ namespace {
 
 template <class Type>
 constexpr dlpack::DataType dlpack_type() {
-    return {std::is_same_v<Type, BFloat16> ? dlpack::BFLOAT : dlpack::FLOAT, 8 * sizeof(Type), 1};
+    const auto code = std::is_same_v<Type, LowHalf>    ? dlpack::INT
+                      : std::is_same_v<Type, BFloat16> ? dlpack::BFLOAT
+                                                       : dlpack::FLOAT;
+    return {code, 8 * sizeof(Type), 1};
 }
 
 struct NamedDtype {
@@ -53,7 +56,7 @@ constexpr std::array<NamedDtype, sizeof...(Types)> named(List<DtypeOf<Types>...>
     return {{{DtypeOf<Types>::name, DtypeOf<Types>::value, dlpack_type<Types>()}...}};
 }
 
-constexpr auto DTYPES = named(Dtypes{});
+constexpr auto DTYPES = named(ColumnDtypes{});
 
 std::vector<int64_t> integers(py::handle sequence) {
     std::vector<int64_t> values;
@@ -72,7 +75,7 @@ bool says_otherwise(PyTypeObject* type, const char* attribute, const py::object&
 }  // namespace
 
 Dtype dtype_named(const std::string& name) {
-    for (const auto& entry : DTYPES) {
+    for (const auto& entry : named(Dtypes{})) {
         if (name == entry.name) return entry.dtype;
     }
     throw py::value_error("no backend computes in dtype '" + name + "'");

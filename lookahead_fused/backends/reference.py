@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .. import _masters as masters
 from .._hyperparameters import Argument
 from .._parts import Part, PlainPart, Spec
 from .._policies import START, Ema, Gpa, Lookahead
@@ -174,14 +175,12 @@ def _beside(p: Tensor, slow: Tensor) -> Tensor:
 
 
 def _weights(row: Row) -> Tensor:
-    return (row.param if row.master is None else row.master).to(row.compute_dtype, copy=True)
+    return masters.read(row.param, row.master).to(row.compute_dtype, copy=True)
 
 
 def _write(row: Row, after: After, moments: Mapping[str, Tensor]) -> None:
     """All has been computed; nothing was changed before."""
-    if row.master is not None:
-        row.master.copy_(after.p)
-    row.param.copy_(after.p)
+    masters.write(after.p, row.param, row.master)
     for kept, made in (
         (row.slow, after.slow),
         (row.cached_moment, after.cached),

@@ -145,6 +145,31 @@ def rows(
         tl.store(steps + i * count + j, values[j].to(steps.dtype.element_ty), mask=active)
 
 
+# ---- csrc/table/master.h
+
+
+@triton.jit
+def is_nan_bits(bits):
+    return (bits & 0x7FFFFFFF) > 0x7F800000
+
+
+@triton.jit
+def join_halves(param, low):
+    """The master of a bf16 parameter; its low half is int16."""
+    alone = param.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+    both = alone + low.to(tl.int32).to(tl.uint32, bitcast=True)
+    return tl.where(is_nan_bits(both), alone, both).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def halve(master):
+    """The bf16 parameter of a master, and its low half."""
+    bits = master.to(tl.uint32, bitcast=True)
+    low = tl.where(is_nan_bits(bits), 0x7FFF0000, bits).to(tl.uint32)
+    param = ((low + 0x8000) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return param, low.to(tl.uint16).to(tl.int16, bitcast=True)
+
+
 # ---- csrc/cuda/walk.cuh
 
 # A chunk's own part of its row's arrays, near null where it has none; and whether it has, and this pass moves it.
@@ -177,18 +202,23 @@ def arrays(
         address = read(row, ROW_MOMENT + m * 8, tl.int64)
         moments += (part(address, T, offset, aligned),)
         has_moment += ((address != 0) & (rule.reads_gradient | (acts_on_moment != 0)),)
-    master = read(row, ROW_MASTER_PARAM, tl.int64)
+    param = part(read(row, ROW_PARAM, tl.int64), P, offset, aligned)
+    has_master = read(row, ROW_MASTER, tl.int64) != 0
+    if param.dtype.element_ty == tl.bfloat16:
+        master = part(read(row, ROW_MASTER, tl.int64), tl.int16, offset, aligned)
+    else:
+        master = part(read(row, ROW_MASTER, tl.int64), T, offset, aligned)
     cached = read(row, ROW_CACHED_MOMENTUM, tl.int64)
     companion = read(row, ROW_COMPANION, tl.int64)
     return Arrays(
-        param=part(read(row, ROW_PARAM, tl.int64), P, offset, aligned),
+        param=param,
         grad=part(gradient, G, offset, aligned),
-        master=part(master, T, offset, aligned),
+        master=master,
         slow=part(read(row, ROW_SLOW, tl.int64), T, offset, aligned),
         cached=part(cached, T, offset, aligned),
         companion=part(companion, T, offset, aligned),
         moments=moments,
-        has_master=master != 0,
+        has_master=has_master,
         has_cached=cached != 0,
         has_companion=companion != 0,
         has_moment=has_moment,
@@ -206,6 +236,33 @@ def store(array, i, value, mask):
 
 
 @triton.jit
+def load_weights(at, i, inside, P: constexpr, T: constexpr):
+    """Theta in the compute type."""
+    if P == T:
+        p = load(at.param, i, inside)
+    elif at.param.dtype.element_ty == tl.bfloat16:
+        # Without a master beside zeros: then it is the parameter.
+        p = join_halves(load(at.param, i, inside), load(at.master, i, at.has_master & inside))
+    else:
+        stored = load(at.param, i, ~at.has_master & inside).to(T)
+        p = tl.where(at.has_master, load(at.master, i, at.has_master & inside), stored)
+    return p
+
+
+@triton.jit
+def store_weights(at, i, p, inside, P: constexpr, T: constexpr):
+    if P == T:
+        store(at.param, i, p, inside)
+    elif at.param.dtype.element_ty == tl.bfloat16:
+        param, low = halve(p)
+        store(at.master, i, low, at.has_master & inside)
+        store(at.param, i, tl.where(at.has_master, param, p.to(P)), inside)
+    else:
+        store(at.master, i, p, at.has_master & inside)
+        store(at.param, i, p, inside)
+
+
+@triton.jit
 def numbers(at, begin: constexpr, end: constexpr):
     values = ()
     for j in tl.static_range(begin, end):
@@ -220,11 +277,7 @@ def elements(at, own, c, i, inside, rule: constexpr, P: constexpr, T: constexpr)
     What a policy decided is read where it is asked for: held over the blocks it would take more scalar registers than
     an AMD processor has, and in an event vector registers from every step.
     """
-    if P == T:
-        p = load(at.param, i, inside)
-    else:
-        stored = load(at.param, i, ~at.has_master & inside).to(T)
-        p = tl.where(at.has_master, load(at.master, i, at.has_master & inside), stored)
+    p = load_weights(at, i, inside, P, T)
     g = p
     if rule.reads_gradient:
         g = load(at.grad, i, inside).to(T)
@@ -254,15 +307,13 @@ def elements(at, own, c, i, inside, rule: constexpr, P: constexpr, T: constexpr)
     store(at.moments[0], i, moment, at.has_moment[0] & inside)
     for m in tl.static_range(1, rule.moments):
         store(at.moments[m], i, moments[m], at.has_moment[m] & inside)
-    if P != T:
-        store(at.master, i, p, at.has_master & changes)
-    store(at.param, i, p, changes)
+    store_weights(at, i, p, changes, P, T)
 
 
 @triton.jit
 def averaged_elements(at, own, i, inside, rule: constexpr, P: constexpr, T: constexpr):
     """The same of a row whose policy averages. Its parameter has a master where it is kept in fewer bits."""
-    y = load(at.param, i, inside) if P == T else load(at.master, i, inside)
+    y = load_weights(at, i, inside, P, T)
     if rule.reads_gradient:
         g = load(at.grad, i, inside).to(T)
         capture = tl.load(own + 1)
@@ -284,9 +335,7 @@ def averaged_elements(at, own, i, inside, rule: constexpr, P: constexpr, T: cons
     y, x = slow_averaged(tl.load(own + RECOVERY + 1), tl.load(own + RECOVERY + 2), z, x)
     if not rule.reads_gradient:
         store(at.companion, i, x, inside)
-    if P != T:
-        store(at.master, i, y, inside)
-    store(at.param, i, y, inside)
+    store_weights(at, i, y, inside, P, T)
 
 
 @triton.jit
@@ -327,7 +376,7 @@ def chunks(
         c = numbers(own, count_of_policy, coefficients)
         if rule.reads_gradient | (due != 0):
             # Each array is at least as aligned as this: an offset counts elements, of which each has two bytes or more.
-            address = offset | read(row, ROW_PARAM, tl.int64) | read(row, ROW_MASTER_PARAM, tl.int64)
+            address = offset | read(row, ROW_PARAM, tl.int64) | read(row, ROW_MASTER, tl.int64)
             address = address | read(row, ROW_SLOW, tl.int64) | read(row, ROW_CACHED_MOMENTUM, tl.int64)
             address = address | read(row, ROW_COMPANION, tl.int64)
             for m in tl.static_range(rule.moments):

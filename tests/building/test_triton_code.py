@@ -183,7 +183,9 @@ def sizes(rule: str, param: torch.dtype, grad: torch.dtype) -> dict[str, tuple[i
     arrays = dict(ARRAYS[rule])
     if param.itemsize < compute:
         arrays["master"] = "rw"
-        if is_averaged(rule):
+        if param == BF16:
+            size["master"] = 2
+        elif is_averaged(rule):
             arrays["param"] = "w"
     return {n: tuple(uses.count(use) * (size[n] or compute) for use in "rw") for n, uses in arrays.items()}  # type: ignore[misc]
 
@@ -311,7 +313,9 @@ def test_bytes_for_each_element(target: str) -> None:
         if rule == "adam" and param == FP32:
             assert always == {"param": 8, "grad": 4, "slow": 8, "m0": 0, "m1": 0, "m2": 0, "cached": 0, "companion": 0}
         if rule == "adam" and param == BF16:
-            # A master takes the parameter's place where it is read.
+            assert (always["param"], always["master"]) == (4, 0)
+        if rule == "adam" and param == FP16:
+            # A whole master takes the parameter's place where it is read.
             assert (always["param"], always["master"]) == (2, 0)
 
 
