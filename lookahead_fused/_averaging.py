@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _policies as policies
 from ._norm import GlobalNorm, documents_norm
+from ._offload import documents_offload
 from ._policies import StateDtype
 from ._state_dtype import documents_state_dtype
 from ._swap import Swap
@@ -75,7 +76,7 @@ def _shared(state: str) -> Callable[[type[Averaged]], type[Any]]:
     def documented(cls: type[Averaged]) -> type[Any]:
         shared = _SHARED.strip("\n").format(prefix=cls.policy.prefix, state=state)
         cls.__doc__ = (cls.__doc__ or "").replace("    {shared}", shared)
-        return documents_norm(documents_state_dtype(cls))
+        return documents_offload(documents_norm(documents_state_dtype(cls)))
 
     return documented
 
@@ -99,6 +100,7 @@ class GPA(Averaged):
             fp16 one it has the whole, `master_param`. Not around an optimizer whose step is its own.
         {state_dtype}
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
+        {offload}
         {norm}
 
     Raises:
@@ -124,6 +126,7 @@ class GPA(Averaged):
         master_weights: bool = False,
         state_dtype: StateDtype = "float32",
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
     ) -> None:
@@ -135,6 +138,7 @@ class GPA(Averaged):
             master_weights=master_weights,
             state_dtype=state_dtype,
             backend=backend,
+            offload_slow=offload_slow,
         )
 
 
@@ -160,6 +164,7 @@ class ScheduleFree(Averaged):
             fp16 one it has the whole, `master_param`. Not around an optimizer whose step is its own.
         {state_dtype}
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
+        {offload}
         {norm}
 
     Raises:
@@ -186,6 +191,7 @@ class ScheduleFree(Averaged):
         master_weights: bool = False,
         state_dtype: StateDtype = "float32",
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
     ) -> None:
@@ -198,4 +204,5 @@ class ScheduleFree(Averaged):
             master_weights=master_weights,
             state_dtype=state_dtype,
             backend=backend,
+            offload_slow=offload_slow,
         )

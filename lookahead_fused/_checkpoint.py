@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._policies import Policy
+from ._offload import hosted, wait_for_hosted
+from ._rows import check_whole
+from ._table import Table
 from ._tensors import count_device, local_tensor
 from ._torch import is_dtensor, is_plain
 
@@ -38,7 +40,7 @@ def check_switches(group: Mapping[str, Any]) -> None:
 def exactly(
     optimizer: Optimizer,
     state_dict: dict[str, Any],
-    policy: Policy,
+    table: Table,
     restore_mode: Restore,
     exact_names: Container[str] | None = None,
 ) -> Iterator[None]:
@@ -47,14 +49,14 @@ def exactly(
     Args:
         optimizer: Where the state goes.
         state_dict: What is loaded, this optimizer's or that of the torch class it stands for.
-        policy: The names of Lookahead's entries in the groups. Those that the state dict lacks stay as they are, and so
-            do the choices of a backend, which belongs to the machine, not to the run, and of the moments' dtype, which
-            they are brought into.
+        table: Its policy has the names of entries in the groups. Those that the state dict lacks stay as they are, and
+            so do the choices of a backend and of where slow weights lie, which belong to the machine, not to the run,
+            and of the moments' dtype, which they are brought into.
         restore_mode: Is told of the parameters that come with training weights, and of these.
         exact_names: The state entries that keep the precision they were saved in. None: all of them. The others are
             another optimizer's, and become what its own loading makes of them.
     """
-    loading = Loading(optimizer, policy, restore_mode, exact_names)
+    loading = Loading(optimizer, table, restore_mode, exact_names)
     hooks = []
     if hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):
         # The last to see the state dict, after hooks that return another; and the first after the loading.
@@ -77,23 +79,51 @@ class Loading:
     """One loading of a state dict into an optimizer: how the groups were before, and what came."""
 
     def __init__(
-        self, optimizer: Optimizer, policy: Policy, restore_mode: Restore, exact_names: Container[str] | None
+        self, optimizer: Optimizer, table: Table, restore_mode: Restore, exact_names: Container[str] | None
     ) -> None:
-        self.optimizer, self.policy, self.exact_names = optimizer, policy, exact_names
+        self.optimizer, self.exact_names = optimizer, exact_names
+        self.rule, self.policy = table.rule, table.policy
         self.restore_mode = restore_mode
         self.before = [dict(group) for group in optimizer.param_groups]
         self.loaded: dict[str, Any] = {}
+        # Of the parameters, by what the state dict calls them, the entries that lie on the host.
+        self.hosted: dict[Any, tuple[str, ...]] = {}
 
-    def given(self, state_dict: dict[str, Any]) -> None:
-        _check_train_params(state_dict, self.optimizer.param_groups, self.policy.slow)
+    def given(self, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        """What torch's own loading is to see in place of a state dict: it brings all of it to the parameters' devices,
+        where slow weights that are offloaded may not have room. None: the same."""
+        groups = self.optimizer.param_groups
+        _check_form(state_dict)
+        for index, _ in given_by_index(state_dict, groups, strict=False):
+            entries = state_dict["state"].get(index)
+            if isinstance(entries, Mapping):
+                check_whole(entries, self.rule, f"parameter {index!r}")
+        _check_train_params(state_dict, groups, self.policy.slow)
         self.loaded = dict(state_dict)
+        for given, group in zip(state_dict["param_groups"], groups, strict=False):
+            for index, param in zip(given["params"], group["params"], strict=False):
+                names = hosted(self.policy, group, local_tensor(param).device)
+                if names:
+                    self.hosted[index] = names
+        if not self.hosted:
+            return None
+        # The state dict may be this optimizer's own.
+        wait_for_hosted(self.policy, groups)
+        state = {
+            index: {name: v for name, v in entries.items() if name not in self.hosted[index]}
+            if index in self.hosted and isinstance(entries, Mapping)
+            else entries
+            for index, entries in state_dict["state"].items()
+        }
+        return {**state_dict, "state": state}
 
     def put_right(self) -> None:
         for own, group, given in zip(
             self.before, self.optimizer.param_groups, self.loaded["param_groups"], strict=True
         ):
             kept = [key for key in own if key not in given and key != "params"]
-            for key in (*kept, self.policy.backend, self.policy.state_dtype):
+            chosen = self.policy.backend, self.policy.offload_slow, self.policy.state_dtype
+            for key in (*kept, *chosen):
                 if key in own:
                     group[key] = own[key]
             for key in TORCH_SWITCHES:
@@ -115,6 +145,9 @@ class Loading:
                 elif isinstance(value, Tensor) and (self.exact_names is None or name in self.exact_names):
                     # A count of updates is in fp64 on every device, also on one that has none.
                     device = count_device(param.device) if value.dtype == torch.float64 else param.device
+                    if name in self.hosted.get(index, ()):
+                        # The next step pins it.
+                        device = torch.device("cpu")
                     own[name] = value.detach().to(device, copy=True)
                 elif isinstance(value, Tensor) and own.get(name) is value:
                     # A class that another optimizer keeps its state in need not know how to copy itself.
@@ -133,6 +166,19 @@ def given_by_index(
     indices = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
     params = chain.from_iterable(group["params"] for group in groups)
     return list(zip(indices, params, strict=strict))
+
+
+def _check_form(state_dict: Mapping[str, Any]) -> None:
+    """Raises ValueError for what is no whole state dict of an optimizer."""
+    for name, kind in (("state", Mapping), ("param_groups", list)):
+        if not isinstance(state_dict.get(name), kind):
+            raise ValueError(
+                f"state_dict must have a {kind.__name__.lower()} of {name!r}, as an optimizer's state_dict() has, got "
+                f"{type(state_dict.get(name)).__name__} among {sorted(map(str, state_dict))}"
+            )
+    for index, group in enumerate(state_dict["param_groups"]):
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise ValueError(f"param_groups[{index}] of a state_dict must be a dict with 'params', got {group!r}")
 
 
 def _check_train_params(state_dict: Mapping[str, Any], groups: list[dict[str, Any]], slow: str) -> None:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from . import _checkpoint as checkpoint
 from . import _masters as masters
 from ._fused import Fused
+from ._offload import wait_for_hosted
 from ._table import Table
 
 
@@ -49,6 +50,7 @@ class BaseDoor:
         base = wrapper.base_optimizer
         if not hasattr(base, "_optimizer_load_state_dict_pre_hooks"):
             return
+        base.register_state_dict_pre_hook(self._before_save)
         base.register_load_state_dict_pre_hook(self._before_load)
         base.register_load_state_dict_post_hook(self._after_load, prepend=True)
         if wrapper._is_fused:
@@ -62,13 +64,18 @@ class BaseDoor:
     def __exit__(self, *error: object) -> None:
         self._held = False
 
-    def _before_load(self, base: Optimizer, state_dict: dict[str, Any]) -> None:
+    def _before_save(self, base: Optimizer) -> None:
+        wrapper = self._wrapper()
+        if wrapper is not None:
+            wait_for_hosted(wrapper._table.policy, base.param_groups)
+
+    def _before_load(self, base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         wrapper = self._wrapper()
         if wrapper is None or self._held:
-            return
+            return None
         wrapper._refuse_inside_slow_weights("load_state_dict()", unless_evaluating=True)
-        self._loading = checkpoint.Loading(base, wrapper._table.policy, wrapper._restore_mode, wrapper._exact_names)
-        self._loading.given(state_dict)
+        self._loading = checkpoint.Loading(base, wrapper._table, wrapper._restore_mode, wrapper._exact_names)
+        return self._loading.given(state_dict)
 
     def _after_load(self, base: Optimizer) -> None:
         wrapper, loading = self._wrapper(), self._loading

@@ -8,6 +8,7 @@ import torch
 
 from . import _policies as policies
 from ._norm import GlobalNorm, documents_norm
+from ._offload import documents_offload
 from ._policies import StateDtype
 from ._state_dtype import documents_state_dtype
 from ._wrapper import Wrapper
@@ -15,6 +16,7 @@ from ._wrapper import Wrapper
 
 @documents_norm
 @documents_state_dtype
+@documents_offload
 class EMA(Wrapper):
     """An average of the weights around another optimizer: a <- a + (1 - d) (theta - a).
 
@@ -26,9 +28,9 @@ class EMA(Wrapper):
     `param_groups`, `state` and `defaults` are the base's, so that it does not matter whether a scheduler, a hook or a
     checkpoint is attached to the base or to this, or when; its other public methods and attributes can be reached here
     too. The settings are kept in the groups as `ema_decay`, `ema_every`, `ema_start`, `ema_warmup`,
-    `ema_master_weights` and `ema_backend`, and may be set there per group; the state beside the base's, as `slow_param`
-    and `average_start`, and over an optimizer that is not fused `ema_step`. The base may be stepped alone again at any
-    time.
+    `ema_master_weights`, `ema_backend` and `ema_offload_slow`, and may be set there per group; the state beside the
+    base's, as `slow_param` and `average_start`, and over an optimizer that is not fused `ema_step`. The base may be
+    stepped alone again at any time.
 
     Args:
         base_optimizer: The optimizer that makes the inner steps.
@@ -46,6 +48,7 @@ class EMA(Wrapper):
             whose step is its own.
         {state_dtype}
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
+        {offload}
         {norm}
 
     Raises:
@@ -73,6 +76,7 @@ class EMA(Wrapper):
         master_weights: bool = False,
         state_dtype: StateDtype = "float32",
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
     ) -> None:
@@ -86,4 +90,5 @@ class EMA(Wrapper):
             master_weights=master_weights,
             state_dtype=state_dtype,
             backend=backend,
+            offload_slow=offload_slow,
         )

@@ -13,11 +13,11 @@ from . import _checkpoint as checkpoint
 from . import _rules as rules
 from ._hooked import Hooked
 from ._norm import GlobalNorm, documents_norm
+from ._offload import documents_offload
 from ._policies import Lookahead
 from ._slow_weights import Interpolating
 from ._state_dtype import documents_state_dtype
 from ._table import Table
-from ._torch import opaque_to_compile
 from ._workers import Workers
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ _LOOKAHEAD_ARGUMENTS = """
             ties away from zero. Of an fp16 one it has the whole, `master_param`.
         {state_dtype}
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
+        {offload}
         {norm}
         process_group: A torch.distributed group of workers that train apart and meet at the syncs (local SGD; SlowMo,
             arXiv 1910.00643; DiLoCo with outer momentum): the mean of theta over them takes theta's place before a
@@ -78,7 +79,7 @@ def documented(cls: _Class) -> _Class:
     """Lookahead's arguments are the same in every class but for the name of alpha, and stated once."""
     arguments = _LOOKAHEAD_ARGUMENTS.replace(" alpha: ", f" {cls.policy.alpha}: ")
     cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}{arguments}"
-    return documents_norm(documents_state_dtype(cls))
+    return documents_offload(documents_norm(documents_state_dtype(cls)))
 
 
 class Fused(Hooked):
@@ -109,7 +110,6 @@ class Fused(Hooked):
         for switch in checkpoint.TORCH_SWITCHES:
             self.param_groups[-1].pop(switch, None)
 
-    @opaque_to_compile
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Advances every parameter that has a gradient by one step; with Lookahead, and syncs those whose turn it is.
 
@@ -121,7 +121,8 @@ class Fused(Hooked):
 
         Raises:
             RuntimeError: Inside `slow_weights()` or after `eval()`, a named backend cannot serve, or the workers of a
-                process group do not sync the same parameters.
+                process group do not sync the same parameters, or host memory for offloaded slow weights could not be
+                pinned. Nothing has changed then.
             TypeError: A gradient is sparse, complex or not floating-point.
             ValueError: A hyperparameter was set to a value that nothing can be computed with, a parameter or a state
                 tensor has lost its memory, or a gradient does not fit its parameter.
@@ -144,11 +145,18 @@ class Fused(Hooked):
         """torch.amp.GradScaler asks for this: who unscales, and who looks at found_inf, is the one that steps."""
         return self._may_unscale(self._fused)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim; it waits for the device where slow weights lie on the host."""
+        self._wait_for_hosted()
+        state_dict: dict[str, Any] = super().state_dict()
+        return state_dict
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a checkpoint of this class, or of the torch.optim class whose name it carries.
 
         State keeps the precision it was saved in, and is copied. Slow weights that the checkpoint lacks start in the
-        next step, at what the parameters are then. The choices of backends and of `state_dtype` stay.
+        next step, at what the parameters are then. The choices of backends, of `state_dtype` and of where slow weights
+        lie stay.
 
         Raises:
             RuntimeError: Inside `slow_weights()`.
@@ -156,7 +164,7 @@ class Fused(Hooked):
         """
         with self._lock:
             self._refuse_inside_slow_weights("load_state_dict()", unless_evaluating=True)
-            with checkpoint.exactly(self, state_dict, self.policy, self._restore_mode):
+            with checkpoint.exactly(self, state_dict, self._table, self._restore_mode):
                 super().load_state_dict(state_dict)
             self._table.invalidate()
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ._hyperparameters import check_whole
 from ._norm import MAX_NORM, SKIP, Clip, GlobalNorm
+from ._offload import wait_for_hosted
 from ._policies import Policy
 from ._table import Table
 from ._tensors import local_tensor
@@ -92,6 +93,10 @@ class Hooked(Optimizer):
         if fused is False:
             return False
         return not any(is_fsdp1(param) for group in self.param_groups for param in group["params"])
+
+    def _wait_for_hosted(self) -> None:
+        """Before the host reads slow weights that a kernel may still be writing."""
+        wait_for_hosted(self.policy, self.param_groups)
 
     def _refuse_inside_slow_weights(self, call: str, unless_evaluating: bool = False) -> None:
         """Raises for a call that must not come while the parameters hold the slow weights."""

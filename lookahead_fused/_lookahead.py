@@ -9,10 +9,12 @@ from torch.optim import Optimizer
 
 from . import _policies as policies
 from ._norm import GlobalNorm, documents_norm
+from ._offload import documents_offload
 from ._policies import StateDtype
 from ._slow_weights import Interpolating
 from ._state_dtype import documents_state_dtype
 from ._table import Table
+from ._torch import opaque_to_compile
 from ._workers import Workers
 from ._wrapper import FIRST_MOMENTS, Wrapper
 
@@ -24,6 +26,7 @@ Pullback = Literal["none", "pullback", "reset"]
 
 @documents_norm
 @documents_state_dtype
+@documents_offload
 class Lookahead(Wrapper, Interpolating):
     """Lookahead (Zhang, Lucas, Hinton, Ba 2019, algorithm 1) around another optimizer.
 
@@ -34,11 +37,11 @@ class Lookahead(Wrapper, Interpolating):
     `param_groups`, `state` and `defaults` are the base's, so that it does not matter whether a scheduler, a hook or a
     checkpoint is attached to the base or to this, or when; its other public methods and attributes can be reached here
     too. Lookahead's settings are kept in the groups as `lookahead_k`, `lookahead_alpha`, `lookahead_pullback_momentum`,
-    `lookahead_outer_momentum`, `lookahead_outer_nesterov`, `lookahead_master_weights` and `lookahead_backend`, and may
-    be set there per group; its state beside the base's, as `slow_param`, for pullback `cached_momentum`, for outer
-    momentum `outer_momentum_buffer`, for a master `master_low` or `master_param`, and over an optimizer that is not
-    fused `lookahead_step`. The base may be stepped alone again at any time: it then finds its state in the dtypes that
-    torch keeps it in.
+    `lookahead_outer_momentum`, `lookahead_outer_nesterov`, `lookahead_master_weights`, `lookahead_backend` and
+    `lookahead_offload_slow`, and may be set there per group; its state beside the base's, as `slow_param`, for pullback
+    `cached_momentum`, for outer momentum `outer_momentum_buffer`, for a master `master_low` or `master_param`, and over
+    an optimizer that is not fused `lookahead_step`. The base may be stepped alone again at any time: it then finds its
+    state in the dtypes that torch keeps it in.
 
     Args:
         base_optimizer: The optimizer that makes the inner steps.
@@ -57,6 +60,7 @@ class Lookahead(Wrapper, Interpolating):
             whose step is its own.
         {state_dtype}
         backend: "auto", or a name from `lookahead_fused.backends()`, which then serves or raises.
+        {offload}
         {norm}
         process_group: A torch.distributed group of workers that train apart and meet at the syncs (local SGD; SlowMo,
             arXiv 1910.00643; DiLoCo with outer momentum): the mean of theta over them takes theta's place before a
@@ -92,6 +96,7 @@ class Lookahead(Wrapper, Interpolating):
         master_weights: bool = False,
         state_dtype: StateDtype = "float32",
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
@@ -108,8 +113,10 @@ class Lookahead(Wrapper, Interpolating):
             master_weights=master_weights,
             state_dtype=state_dtype,
             backend=backend,
+            offload_slow=offload_slow,
         )
 
+    @opaque_to_compile
     def sync(self) -> None:
         """Interpolates now: every parameter that had a step gets phi <- phi + alpha (theta - phi), theta <- phi.
 

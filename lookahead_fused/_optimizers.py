@@ -26,7 +26,7 @@ class LookaheadAdam(FusedLookahead):
         lr: Learning rate, a float >= 0 or a tensor of one element.
         betas: Decay rates of the two moments, a pair of floats in [0, 1).
         eps: Added to the denominator, a float >= 0.
-        weight_decay: L2 penalty, a float >= 0.
+        weight_decay: L2 penalty, a float >= 0 or a tensor of one element.
         amsgrad: Divide by the largest second moment so far (Reddi et al. 2018, algorithm 2).
         maximize: Ascend instead of descend.
         decoupled_weight_decay: Decay as AdamW does."""
@@ -39,7 +39,7 @@ class LookaheadAdam(FusedLookahead):
         lr: float | Tensor = 1e-3,
         betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         amsgrad: bool = False,
         *,
         foreach: bool | None = None,
@@ -56,6 +56,7 @@ class LookaheadAdam(FusedLookahead):
         master_weights: bool = False,
         state_dtype: StateDtype = "float32",
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
@@ -76,6 +77,7 @@ class LookaheadAdam(FusedLookahead):
             "master_weights": master_weights,
             "state_dtype": state_dtype,
             "backend": backend,
+            "offload_slow": offload_slow,
         }
         norm = GlobalNorm(max_grad_norm, skip_nonfinite)
         super().__init__(params, defaults, norm, differentiable, fused, process_group)
@@ -90,7 +92,7 @@ class LookaheadAdamW(LookaheadAdam):
         lr: Learning rate, a float >= 0 or a tensor of one element.
         betas: Decay rates of the two moments, a pair of floats in [0, 1).
         eps: Added to the denominator, a float >= 0.
-        weight_decay: Decoupled weight decay, a float >= 0.
+        weight_decay: Decoupled weight decay, a float >= 0 or a tensor of one element.
         amsgrad: Divide by the largest second moment so far (Reddi et al. 2018, algorithm 2).
         maximize: Ascend instead of descend."""
 
@@ -100,7 +102,7 @@ class LookaheadAdamW(LookaheadAdam):
         lr: float | Tensor = 1e-3,
         betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 1e-2,
+        weight_decay: float | Tensor = 1e-2,
         amsgrad: bool = False,
         *,
         maximize: bool = False,
@@ -116,6 +118,7 @@ class LookaheadAdamW(LookaheadAdam):
         master_weights: bool = False,
         state_dtype: StateDtype = "float32",
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
@@ -139,6 +142,7 @@ class LookaheadAdamW(LookaheadAdam):
             master_weights=master_weights,
             state_dtype=state_dtype,
             backend=backend,
+            offload_slow=offload_slow,
             max_grad_norm=max_grad_norm,
             skip_nonfinite=skip_nonfinite,
             process_group=process_group,
@@ -160,7 +164,7 @@ class LookaheadSGD(FusedLookahead):
         lr: Learning rate, a float >= 0 or a tensor of one element.
         momentum: Decay rate of the momentum buffer, a float >= 0; with 0 there is no buffer.
         dampening: How much of a gradient is kept out of the buffer, a float.
-        weight_decay: L2 penalty, a float >= 0.
+        weight_decay: L2 penalty, a float >= 0 or a tensor of one element.
         nesterov: Nesterov's form; needs momentum and no dampening.
         maximize: Ascend instead of descend."""
 
@@ -172,7 +176,7 @@ class LookaheadSGD(FusedLookahead):
         lr: float | Tensor = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         nesterov: bool = False,
         *,
         maximize: bool = False,
@@ -188,6 +192,7 @@ class LookaheadSGD(FusedLookahead):
         master_weights: bool = False,
         state_dtype: StateDtype = "float32",
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
@@ -207,6 +212,7 @@ class LookaheadSGD(FusedLookahead):
             "master_weights": master_weights,
             "state_dtype": state_dtype,
             "backend": backend,
+            "offload_slow": offload_slow,
         }
         norm = GlobalNorm(max_grad_norm, skip_nonfinite)
         super().__init__(params, defaults, norm, differentiable, fused, process_group)
@@ -221,7 +227,7 @@ class LookaheadRMSprop(FusedLookahead):
         lr: Learning rate, a float >= 0 or a tensor of one element.
         alpha: Decay rate of the squared gradients' average, a float >= 0.
         eps: Added to the denominator, a float >= 0.
-        weight_decay: L2 penalty, a float >= 0.
+        weight_decay: L2 penalty, a float >= 0 or a tensor of one element.
         momentum: Decay rate of the momentum buffer, a float >= 0; with 0 there is no buffer, and pullback_momentum must
             be "none".
         centered: Take the gradients' average off before the root: divide by their standard deviation.
@@ -236,7 +242,7 @@ class LookaheadRMSprop(FusedLookahead):
         lr: float | Tensor = 1e-2,
         alpha: float = 0.99,
         eps: float = 1e-8,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         momentum: float = 0,
         centered: bool = False,
         capturable: bool = False,
@@ -253,6 +259,7 @@ class LookaheadRMSprop(FusedLookahead):
         master_weights: bool = False,
         state_dtype: StateDtype = "float32",
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
@@ -273,6 +280,7 @@ class LookaheadRMSprop(FusedLookahead):
             "master_weights": master_weights,
             "state_dtype": state_dtype,
             "backend": backend,
+            "offload_slow": offload_slow,
         }
         norm = GlobalNorm(max_grad_norm, skip_nonfinite)
         super().__init__(params, defaults, norm, differentiable, fused, process_group)
@@ -288,7 +296,7 @@ class LookaheadRAdam(FusedLookahead):
         lr: Learning rate, a float >= 0 or a tensor of one element.
         betas: Decay rates of the two moments, a pair of floats in [0, 1).
         eps: Added to the denominator, a float >= 0.
-        weight_decay: L2 penalty, a float >= 0.
+        weight_decay: L2 penalty, a float >= 0 or a tensor of one element.
         decoupled_weight_decay: Decay as AdamW does.
         maximize: Ascend instead of descend."""
 
@@ -300,7 +308,7 @@ class LookaheadRAdam(FusedLookahead):
         lr: float | Tensor = 1e-3,
         betas: Betas = (0.9, 0.999),
         eps: float = 1e-8,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         decoupled_weight_decay: bool = False,
         *,
         foreach: bool | None = None,
@@ -316,6 +324,7 @@ class LookaheadRAdam(FusedLookahead):
         master_weights: bool = False,
         state_dtype: StateDtype = "float32",
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
@@ -335,6 +344,7 @@ class LookaheadRAdam(FusedLookahead):
             "master_weights": master_weights,
             "state_dtype": state_dtype,
             "backend": backend,
+            "offload_slow": offload_slow,
         }
         norm = GlobalNorm(max_grad_norm, skip_nonfinite)
         super().__init__(params, defaults, norm, differentiable, fused, process_group)
@@ -350,7 +360,7 @@ class LookaheadLion(FusedLookahead):
         params: Tensors, named tensors or parameter groups, as in torch.optim.
         lr: Learning rate, a float >= 0 or a tensor of one element.
         betas: How much of the momentum goes into an update, and its decay rate: a pair of floats in [0, 1).
-        weight_decay: Decoupled weight decay, a float >= 0.
+        weight_decay: Decoupled weight decay, a float >= 0 or a tensor of one element.
         maximize: Ascend instead of descend."""
 
     rule = rules.LION
@@ -360,7 +370,7 @@ class LookaheadLion(FusedLookahead):
         params: ParamsT,
         lr: float | Tensor = 1e-4,
         betas: Betas = (0.9, 0.99),
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         *,
         maximize: bool = False,
         foreach: bool | None = None,
@@ -375,6 +385,7 @@ class LookaheadLion(FusedLookahead):
         master_weights: bool = False,
         state_dtype: StateDtype = "float32",
         backend: str = "auto",
+        offload_slow: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
@@ -392,6 +403,7 @@ class LookaheadLion(FusedLookahead):
             "master_weights": master_weights,
             "state_dtype": state_dtype,
             "backend": backend,
+            "offload_slow": offload_slow,
         }
         norm = GlobalNorm(max_grad_norm, skip_nonfinite)
         super().__init__(params, defaults, norm, differentiable, fused, process_group)
@@ -411,7 +423,7 @@ class Lion(Fused):
         params: Tensors, named tensors or parameter groups, as in torch.optim.
         lr: Learning rate, a float >= 0 or a tensor of one element.
         betas: How much of the momentum goes into an update, and its decay rate: a pair of floats in [0, 1).
-        weight_decay: Decoupled weight decay, a float >= 0.
+        weight_decay: Decoupled weight decay, a float >= 0 or a tensor of one element.
         maximize: Ascend instead of descend.
         foreach, capturable: Accepted and without effect: every number that may differ between two replays of a captured
             graph lives on the device.
@@ -442,7 +454,7 @@ class Lion(Fused):
         params: ParamsT,
         lr: float | Tensor = 1e-4,
         betas: Betas = (0.9, 0.99),
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         *,
         maximize: bool = False,
         foreach: bool | None = None,

@@ -2,7 +2,8 @@
 dtypes. It comes in two kinds behind the same calls.
 
 A `CompiledPart` has a table of its rows in a compiled module, which looks in every step where each tensor is now, and
-holds none of them in between. A `PlainPart` makes its rows anew in every step, and steps them by torch's operators.
+holds none of them in between but those in pinned host memory. A `PlainPart` makes its rows anew in every step, and
+steps them by torch's operators.
 
 The calls of a step, in their order:
     refresh(state, pass_) -> bool   reads what the pass needs; False: a row is not what it was made of
@@ -28,6 +29,7 @@ from torch.autograd.graph import increment_version
 from . import _masters as masters
 from ._hyperparameters import Argument, check_step
 from ._norm import ClipOnDevice, Order, sum_of_squares
+from ._offload import hold
 from ._policies import CACHED, NUMBERS, Policy
 from ._rows import (
     Row,
@@ -157,6 +159,7 @@ class CompiledPart:
             # Neither holds this part or its optimizer: their memory is free as soon as they are deleted, without
             # waiting for the garbage collector.
             conform=functools.partial(_conform, spec.grad_dtype),
+            hold=hold,
             read_group=functools.partial(_read_group, spec.arguments, spec.policy),
             chunk_elements=chunk_elements if spec.tuning.chunk_elements is None else spec.tuning.chunk_elements,
         )
@@ -188,6 +191,7 @@ class CompiledPart:
             state=state,
             group=self._groups[id(row.group)],
             present=tuple(name is not None and used.get(name) is not None for name in self._entries),
+            hosted=tuple(name in row.hosted for name in self._entries),
             moments_loaded=row.moments_loaded,
             acts_on_moment=self.spec.policy.acts_on_moment(row.group),
             version=version_counter(row.owner),

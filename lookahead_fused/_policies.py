@@ -104,6 +104,17 @@ class Policy:
     def backend(self) -> str:
         return self.prefix + "backend"
 
+    @property
+    def offload_slow(self) -> str:
+        return self.prefix + "offload_slow"
+
+    def offloads(self, group: Mapping[str, Any]) -> bool:
+        """Whether the slow weights of parameters on a GPU lie on the host, under a group's settings."""
+        return bool(group.get(self.offload_slow, False))
+
+    def offload_argument(self) -> Argument:
+        return Argument(self.offload_slow, Switch(), default=False, name="offload_slow")
+
     def master_argument(self) -> Argument:
         return Argument(self.master_weights, Switch(), default=False, name="master_weights")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _masters as masters
+from ._offload import check_offload, hosted, may_be_given, new_hosted
 from ._policies import CACHED, START, Policy
 from ._rules import Rule
 from ._state_dtype import check_dtype_of, check_state_dtype, moment_dtype
@@ -26,11 +27,12 @@ from ._tensors import (
     extent,
     has_layout_of,
     is_dense,
+    is_laid_out_like,
     local_gradient,
     local_tensor,
     new_state,
 )
-from ._torch import is_dtensor, is_plain
+from ._torch import dtensor_like, is_dtensor, is_plain
 
 
 @dataclass
@@ -56,6 +58,8 @@ class Row:
     cached_moment: Tensor | None
     master: Tensor | None
     moments_loaded: bool
+    # Names of entries that lie in pinned host memory, beside a parameter on another device.
+    hosted: tuple[str, ...]
     made: dict[str, Any]
     moment_dtype: torch.dtype
     dropped: tuple[str, ...] = ()
@@ -185,7 +189,7 @@ def _make_row(
     local = local_tensor(owner)
     param = local if is_dense(local) else copy_in_layout(local, local, local.dtype)
     dtype, of_moments = compute_dtype(param.dtype), moment_dtype(group, policy, param.dtype)
-    own = _State(owner, param, state)
+    own = _State(owner, param, state, name, policy, group)
 
     step = own.counter(rule.step_name)
     moments = {}
@@ -230,6 +234,7 @@ def _make_row(
         cached_moment,
         master,
         moments_loaded,
+        own.hosted,
         own.made,
         of_moments,
         own.dropped,
@@ -254,11 +259,29 @@ def check_state(
         read: The entries that are worked with besides the slow weights and the count, None for all: an offloader may
             have taken the memory of the others.
     """
+    if read is None:
+        check_whole(state, rule, name)
     looks = rule.reads_gradient or all(rule.moments_in_use(group))
     for key in (*(rule.moments if looks else ()), *policy.as_large):
         _check_entry(param, state, key, name, read is None or key in read or key == policy.slow)
     for key in (rule.step_name, *policy.numbers):
         _check_count(state.get(key), key, name)
+
+
+def check_whole(state: Mapping[str, Any], rule: Rule, name: str) -> None:
+    """Raises ValueError for a state of which a part is missing, as of a checkpoint that was cut: it would begin anew
+    beside the rest. What settings that were changed since bring along begins so."""
+    there = [moment for moment in rule.moments if state.get(moment) is not None]
+    count = state.get(rule.step_name)
+    begun = count is not None and not (isinstance(count, int | float) and count == 0)
+    lacks = [moment for moment in rule.always if moment not in there] if there or begun else []
+    if there and rule.corrects_bias and count is None:
+        lacks.append(rule.step_name)
+    if lacks:
+        raise ValueError(
+            f"state {lacks[0]!r} of {name} must stand beside its {', '.join(map(repr, there or [rule.step_name]))}, "
+            "got none: is the checkpoint whole?"
+        )
 
 
 def _check_entry(param: Tensor, state: Mapping[str, Any], key: str, name: str, is_read: bool) -> None:
@@ -324,6 +347,7 @@ def check_row(
     policy.check_dtype(name, owner.dtype, bool(group.get(policy.master_weights)))
     check_state_dtype(group, rule, policy)
     check_dtype_of(name, owner.dtype, group, policy)
+    check_offload(policy, group, owner, name)
     check_state(owner, state, rule, policy, group, name, read)
     if rule.reads_gradient and owner.grad is not None:
         check_gradient(owner.grad, owner, name)
@@ -335,17 +359,19 @@ def read_in_a_sync(group: Any, rule: Rule, policy: Policy) -> Container[str]:
 
 
 def start_slow(
-    owner: Tensor, moment: Tensor | None, policy: Policy, group: Mapping[str, Any], count: Any = None
+    owner: Tensor, moment: Tensor | None, policy: Policy, group: Mapping[str, Any], name: str, count: Any = None
 ) -> dict[str, Any]:
     """The state entries of slow weights that start now, beside a first moment that is not ours, or none yet; after so
     many updates."""
     local = local_tensor(owner)
-    own = _State(owner, local if is_dense(local) else copy_in_layout(local, local, local.dtype), {})
+    own = _State(
+        owner, local if is_dense(local) else copy_in_layout(local, local, local.dtype), {}, name, policy, group
+    )
     own.tensor(policy.slow, compute_dtype(local.dtype), local)
     if policy.has_companion(group, reads_gradient=False):
         own.tensor(policy.companion, compute_dtype(local.dtype), local if policy.averages else None)
-    for name in policy.numbers:
-        own.counter(name, count if name == START else None)
+    for number in policy.numbers:
+        own.counter(number, count if number == START else None)
     return {**own.made, **(start_cached(owner, moment) if policy.caches_moment(group) else {})}
 
 
@@ -357,14 +383,16 @@ def average_of(param: Tensor, own: Mapping[str, Any], policy: Policy, has_master
     kept = own.get(policy.companion)
     if isinstance(kept, Tensor):
         return kept
-    local, z = local_tensor(param), local_tensor(own[policy.slow])
+    local = local_tensor(param)
+    # From the host, where it is offloaded.
+    z = local_tensor(own[policy.slow]).to(local.device)
     y = masters.read(local, masters.kept(local, own) if has_master else None).to(z.dtype)
     place = own.get("y_interp")
     if place is None:
         return y.clone()
-    place = torch.as_tensor(place, dtype=torch.float64, device=z.device)
+    place = torch.as_tensor(place, dtype=torch.float64, device=count_device(z.device))
     recovery = torch.where(place > 0, (1.0 - place) / torch.where(place > 0, place, 1.0), 0.0).to(z.dtype)
-    return y + recovery * (y - z)
+    return y + recovery.to(z.device) * (y - z)
 
 
 def start_cached(owner: Tensor, moment: Tensor | None) -> dict[str, Any]:
@@ -378,10 +406,21 @@ def start_cached(owner: Tensor, moment: Tensor | None) -> dict[str, Any]:
 class _State:
     """The entries of one parameter's state, created or brought into form as they are asked for, in `made`."""
 
-    def __init__(self, owner: Tensor, param: Tensor, entries: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        owner: Tensor,
+        param: Tensor,
+        entries: Mapping[str, Any],
+        owner_name: str = "",
+        policy: Policy | None = None,
+        group: Mapping[str, Any] | None = None,
+    ) -> None:
         self.owner = owner
         self.param = param
         self.entries = entries
+        self.owner_name = owner_name
+        self.policy = policy
+        self.hosted = () if policy is None or group is None else hosted(policy, group, param.device)
         self.made: dict[str, Any] = {}
         self.dropped: tuple[str, ...] = ()
         self.shown: Tensor | None = None
@@ -411,7 +450,11 @@ class _State:
         if value is None or restarts:
             return self._make(name, dtype, start)
         local = local_tensor(value)
-        if local.dtype != dtype or not has_layout_of(local, self.param):
+        if name in self.hosted:
+            fits = is_laid_out_like(local, self.param) and may_be_given(local)
+        else:
+            fits = has_layout_of(local, self.param)
+        if local.dtype != dtype or not fits:
             check_memory(local, f"state {name!r}")
             return self._make(name, dtype, local)
         return local
@@ -431,7 +474,12 @@ class _State:
         return self._make(name, torch.int16, low)
 
     def _make(self, name: str, dtype: torch.dtype, start: Tensor | None) -> Tensor:
-        local = new_state(self.param, dtype, start)
+        if name in self.hosted:
+            assert self.policy is not None
+            told = self.policy.offload_slow, f"the {name!r} of {self.owner_name}"
+            local = new_hosted(self.param, dtype, start, told)
+        else:
+            local = new_state(self.param, dtype, start)
         self._keep(name, torch.view_as_complex(local) if self.owner.is_complex() else self._like_owner(local))
         return local
 
@@ -447,14 +495,4 @@ class _State:
         """A shard of a DTensor's state is a DTensor too, so that checkpoints know how to reassemble it."""
         if not is_dtensor(self.owner):
             return local
-        from torch.distributed.tensor import DTensor
-
-        assert isinstance(self.owner, DTensor)
-        return DTensor.from_local(
-            local,
-            self.owner.device_mesh,
-            self.owner.placements,
-            run_check=False,
-            shape=self.owner.shape,
-            stride=self.owner.stride(),
-        )
+        return dtensor_like(self.owner, local)

@@ -19,16 +19,19 @@ Group = Mapping[str, Any]
 class Rule:
     """One inner optimizer: the name under which every backend has its rule, its arguments and its state's names.
 
-    The first of `moments` is the one that a policy acts on; `moments_in_use` tells which of them a group has. `check`
-    raises for arguments that do not go together. Without `first_moment_needs`, an argument, there is no first moment,
-    and an optimizer whose policy is to act on it is refused. With `subtracts_moments_with`, another one, a difference
-    of moments is what it works with.
+    The first of `moments` is the one that a policy acts on; `moments_in_use` tells which of them a group has, and
+    `always` are those that every group has. Where `corrects_bias`, they mean nothing without the count of updates.
+    `check` raises for arguments that do not go together. Without `first_moment_needs`, an argument, there is no first
+    moment, and an optimizer whose policy is to act on it is refused. With `subtracts_moments_with`, another one, a
+    difference of moments is what it works with.
     """
 
     name: str
     arguments: tuple[Argument, ...]
     moments: tuple[str, ...]
     moments_in_use: Callable[[Group], tuple[bool, ...]]
+    always: tuple[str, ...] = ()
+    corrects_bias: bool = False
     check: Callable[[Group], None] = lambda group: None
     first_moment_needs: str = ""
     subtracts_moments_with: str = ""
@@ -44,7 +47,12 @@ def _switch(key: str, default: bool = False) -> Argument:
     return Argument(key, Switch(), (key,), default=default)
 
 
-_LR = Argument("lr", NumberOrTensor("a float >= 0 or a tensor of one element", at_least=0.0), ("lr",))
+def _live(key: str) -> Argument:
+    return Argument(key, NumberOrTensor("a float >= 0 or a tensor of one element", at_least=0.0), (key,))
+
+
+# See MAX_LIVE in csrc/table/table.h.
+_LR, _WEIGHT_DECAY = _live("lr"), _live("weight_decay")
 _BETA = Number("a float in [0, 1)", at_least=0.0, at_most=BELOW_ONE)
 _BETAS = Argument("betas", Pair("a pair of floats in [0, 1)", each=_BETA), ("beta1", "beta2"))
 
@@ -54,13 +62,15 @@ ADAM = Rule(
         _LR,
         _BETAS,
         _number("eps"),
-        _number("weight_decay"),
+        _WEIGHT_DECAY,
         _switch("decoupled_weight_decay"),
         _switch("amsgrad"),
         _switch("maximize"),
     ),
     moments=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     moments_in_use=lambda group: (True, True, bool(group["amsgrad"])),
+    always=("exp_avg", "exp_avg_sq"),
+    corrects_bias=True,
 )
 
 # torch's AdamW had no such entry in its groups at first: there it is what the class says.
@@ -84,7 +94,7 @@ SGD = Rule(
         _LR,
         _number("momentum", presence=True),
         _number("dampening", "a float", at_least=-float("inf")),
-        _number("weight_decay"),
+        _WEIGHT_DECAY,
         _switch("nesterov"),
         _switch("maximize"),
     ),
@@ -100,7 +110,7 @@ RMSPROP = Rule(
         _LR,
         _number("alpha"),
         _number("eps"),
-        _number("weight_decay"),
+        _WEIGHT_DECAY,
         _number("momentum", presence=True),
         _switch("centered"),
         _switch("maximize"),
@@ -108,6 +118,7 @@ RMSPROP = Rule(
     moments=("momentum_buffer", "square_avg", "grad_avg"),
     # A momentum below zero, which a scheduler may leave, has the buffer rest.
     moments_in_use=lambda group: (group["momentum"] != 0, True, bool(group["centered"])),
+    always=("square_avg",),
     first_moment_needs="momentum",
     subtracts_moments_with="centered",
 )
@@ -117,6 +128,8 @@ RADAM = Rule(
     arguments=tuple(argument for argument in ADAM.arguments if argument.key != "amsgrad"),
     moments=("exp_avg", "exp_avg_sq"),
     moments_in_use=lambda group: (True, True),
+    always=("exp_avg", "exp_avg_sq"),
+    corrects_bias=True,
 )
 
 LION = Rule(
@@ -124,11 +137,12 @@ LION = Rule(
     arguments=(
         _LR,
         _BETAS,
-        _number("weight_decay"),
+        _WEIGHT_DECAY,
         _switch("maximize"),
     ),
     moments=("exp_avg",),
     moments_in_use=lambda group: (True,),
+    always=("exp_avg",),
 )
 
 

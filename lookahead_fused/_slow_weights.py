@@ -16,6 +16,7 @@ from ._hyperparameters import check_whole
 from ._interrupts import uninterrupted
 from ._norm import Clip, GlobalNorm
 from ._swap import Swap
+from ._torch import opaque_to_compile
 from ._workers import ARGUMENT, Turn, Workers
 
 
@@ -83,6 +84,7 @@ class SlowWeights(Hooked):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_slow_weights("copying or pickling")
+        self._wait_for_hosted()
         state: dict[str, Any] = super().__getstate__()
         return state
 
@@ -108,6 +110,7 @@ class SlowWeights(Hooked):
     def _enter(self) -> None:
         """One block more. To be called, as `_leave` is, with the lock and where no interrupt comes."""
         if self._depth == 0:
+            self._wait_for_hosted()
             swap = Swap(self._table.slow_weights(self.param_groups, self.state))
             saving = self._watch_state_dicts()
             swap.enter()
@@ -214,6 +217,7 @@ class Interpolating(SlowWeights):
         else:
             self._workers.step(self._table, self.param_groups, self.state, grad_scale, found_inf, norm, turn)
 
+    @opaque_to_compile
     def sync(self) -> None:
         """Interpolates now: every parameter that had a step gets phi <- phi + alpha (theta - phi), theta <- phi.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import _build as build
-from ._tensors import has_layout_of, is_dense, local_tensor
+from ._tensors import is_dense, is_laid_out_like, local_tensor
 from ._torch import dispatch_mode_is_on, is_plain
 
 # Elements that trade places at a time where no compiled code does it.
@@ -176,12 +176,13 @@ def _as_plain(made: Tensor) -> Tensor:
 
 
 def _alike(theta: Tensor, phi: Tensor) -> bool:
-    return is_plain(theta) and is_plain(phi) and has_layout_of(theta, phi) and is_dense(theta)
+    return is_plain(theta) and is_plain(phi) and is_laid_out_like(theta, phi) and is_dense(theta)
 
 
 def _lie_in_memory(theta: Tensor, phi: Tensor) -> bool:
     """Compiled code can have them trade places."""
-    return theta.device.type == "cpu" and build.module("_cpu") is not None and _alike(theta, phi)
+    on_host = theta.device.type == phi.device.type == "cpu"
+    return on_host and build.module("_cpu") is not None and _alike(theta, phi)
 
 
 def _block(theta: Tensor, phi: Tensor) -> int:

@@ -53,7 +53,9 @@ class Table:
         self.rule = rule
         self.policy = policy
         self.tuning = tuning or Tuning()
-        general = policy.master_argument(), policy.state_argument(), backend_argument(policy.backend)
+        general = [policy.master_argument(), policy.state_argument(), backend_argument(policy.backend)]
+        if policy.slow:
+            general.append(policy.offload_argument())
         self.arguments = (*rule.arguments, *policy.arguments, *general)
         self._parts: dict[tuple[Any, ...], Part] = {}
         self._watch: Any = None

@@ -61,6 +61,19 @@ def _check_placement(gradient: Any, param: Any, name: str) -> None:
         )
 
 
+def _check_shard(gradient: Any, param: Any, name: str) -> None:
+    """What lies on this rank of a gradient that is placed as its parameter is: a DTensor made by hand may tell
+    otherwise, and a copy would spread too few numbers over all."""
+    if not is_dtensor(param) or gradient.placements != param.placements:
+        return
+    lies, own = local_tensor(gradient), local_tensor(param)
+    if (lies.shape, lies.dtype) != (own.shape, gradient.dtype):
+        raise ValueError(
+            f"the gradient of {name} must have the parameter's shape {tuple(own.shape)} on this rank, in "
+            f"{gradient.dtype}, got {tuple(lies.shape)} in {lies.dtype}"
+        )
+
+
 def is_dense(tensor: Tensor) -> bool:
     """The elements fill a block of memory once each, in whatever order of dimensions, and stand there as they are."""
     if tensor.is_neg():
@@ -79,9 +92,13 @@ def is_dense(tensor: Tensor) -> bool:
 
 def has_layout_of(tensor: Tensor, other: Tensor) -> bool:
     """The same shape on the same device, and the same strides where there is more than one element along them."""
+    return tensor.device == other.device and is_laid_out_like(tensor, other)
+
+
+def is_laid_out_like(tensor: Tensor, other: Tensor) -> bool:
+    """The same, wherever the two are."""
     return (
         tensor.layout == torch.strided
-        and tensor.device == other.device
         and tensor.shape == other.shape
         and not tensor.is_neg()
         and all(a == b for size, a, b in zip(tensor.shape, tensor.stride(), other.stride(), strict=True) if size > 1)
@@ -202,4 +219,5 @@ def check_gradient(gradient: Tensor, param: Tensor, name: str) -> None:
             f"the gradient of {name} must have the parameter's shape {tuple(param.shape)} and device {param.device}, "
             f"got {tuple(gradient.shape)} and {gradient.device}"
         )
+    _check_shard(gradient, param, name)
     check_memory(local_tensor(gradient), f"the gradient of {name}")

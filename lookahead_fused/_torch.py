@@ -33,8 +33,10 @@ def opaque_to_compile(function: _Function) -> _Function:
 
 
 def with_hooks(step: Step) -> Step:
-    """A class's step, with what torch would put around it."""
+    """A class's step, with what torch would put around it; opaque as a whole, or hooks would be graph breaks of their
+    own."""
 
+    @opaque_to_compile
     @functools.wraps(step)
     def stepped(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         return call_with_hooks(step, optimizer, *args, **kwargs)
@@ -112,6 +114,24 @@ def is_dtensor(tensor: Tensor) -> bool:
     return isinstance(getattr(tensor, "_local_tensor", None), Tensor)
 
 
+def dtensor_like(owner: Tensor, local: Tensor) -> Tensor:
+    """A DTensor placed as another one is, around a local part of its own.
+
+    `DTensor.from_local` brings it to the device of the mesh. Slow weights that are offloaded stay on the host: theirs
+    is made as FSDP2 makes those of parameters that it offloads.
+    """
+    from torch.distributed.tensor import DTensor
+
+    placed = cast(Any, owner)
+    if local.device.type == placed.device_mesh.device_type:
+        return DTensor.from_local(
+            local, placed.device_mesh, placed.placements, run_check=False, shape=placed.shape, stride=placed.stride()
+        )
+    meta = placed._spec.tensor_meta
+    spec = type(placed._spec)(placed.device_mesh, placed.placements, tensor_meta=meta._replace(dtype=local.dtype))
+    return cast(Tensor, cast(Any, DTensor)(local, spec, requires_grad=False))
+
+
 def version_counter(owner: Tensor) -> tuple[Tensor, ...] | None:
     """A tensor without memory that shares the owner's version counter, first, and what has to be kept beside it.
 
@@ -120,13 +140,14 @@ def version_counter(owner: Tensor) -> tuple[Tensor, ...] | None:
     takes. The first of these is referred to by the second, a view of it, and takes 23. It holds none of the owner's
     memory, which stays its user's to free, and not the owner, which torch.utils.swap_tensors wants for itself.
 
+    Of a DTensor this is a plain tensor: what its class has to say of `detach` is left out.
+
     None: an inference tensor, which has no version.
     """
     if owner.is_inference():
         return None
-    if not is_plain(owner):
-        return (owner,)
-    alias = owner.detach()
+    with torch._C._DisableTorchDispatch():
+        alias = owner.detach()
     alias.data = torch.empty(0, dtype=alias.dtype, device=alias.device)
     return alias, alias.view_as(alias)
 

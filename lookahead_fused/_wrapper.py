@@ -19,12 +19,12 @@ from ._norm import GlobalNorm
 from ._norm_around import NormAround, clipped
 from ._optimizers import Lion
 from ._policies import CACHED, DEFAULT_STATE_DTYPE, Policy
-from ._rows import start_cached, start_slow
+from ._rows import parameter_name, start_cached, start_slow
 from ._slow_weights import SlowWeights
 from ._state_dtype import check_state_dtype
 from ._table import Table
 from ._tensors import local_tensor
-from ._torch import call_with_hooks, keeps_its_state_elsewhere, opaque_to_compile
+from ._torch import call_with_hooks, keeps_its_state_elsewhere
 
 # By exact type: a subclass may step differently.
 _FUSED = {
@@ -139,7 +139,6 @@ class Wrapper(SlowWeights):
         self._on_training_weights(change)
         return True
 
-    @opaque_to_compile
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the base optimizer on every parameter with a gradient, and the event of those whose turn it is.
@@ -151,7 +150,8 @@ class Wrapper(SlowWeights):
             What the base's step would return: the closure's loss, or None.
 
         Raises:
-            RuntimeError: Inside `slow_weights()` or after `eval()`, or a named backend cannot serve.
+            RuntimeError: Inside `slow_weights()` or after `eval()`, a named backend cannot serve, or host memory for
+                offloaded slow weights could not be pinned. Nothing has changed then.
             TypeError: A gradient is sparse, complex or not floating-point, and the base is fused.
             ValueError: A setting or a state is not acceptable, or pullback_momentum names a moment that the base does
                 not keep. Nothing has changed then, but where a base has stepped before, and gives a parameter that is
@@ -245,8 +245,8 @@ class Wrapper(SlowWeights):
             gradients_come: The base will evaluate a closure, and any parameter may get a gradient.
         """
         started = []
-        for group in self.param_groups:
-            for param in group["params"]:
+        for index, group in enumerate(self.param_groups):
+            for position, param in enumerate(group["params"]):
                 if param.grad is None and not (gradients_come and param.requires_grad):
                     continue
                 own = self.state.get(param, {})
@@ -254,7 +254,8 @@ class Wrapper(SlowWeights):
                 moment = own.get(self._table.rule.moments[0]) if pullback else None
                 if own.get(self.policy.slow) is None or not self._has_begun(own):
                     count = own.get(self._table.rule.step_name)
-                    started.append((param, start_slow(param, moment, self.policy, group, count)))
+                    name = parameter_name(index, position)
+                    started.append((param, start_slow(param, moment, self.policy, group, name, count)))
                 elif pullback and own.get(CACHED) is None:
                     started.append((param, start_cached(param, moment)))
         return started
@@ -315,7 +316,7 @@ class Wrapper(SlowWeights):
         for param in group["params"]:
             own = self.state.get(param)
             if isinstance(own, dict) and own and own.get(self.policy.slow) is None:
-                own.update(start_slow(param, None, self.policy, group))
+                own.update(start_slow(param, None, self.policy, group, "a parameter"))
                 own.setdefault(name, torch.tensor(0.0, dtype=torch.float64, device="cpu"))
 
     def state_dict(self) -> dict[str, Any]:
@@ -323,6 +324,7 @@ class Wrapper(SlowWeights):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._complete_groups()
+        self._wait_for_hosted()
         state_dict: dict[str, Any] = self.base_optimizer.state_dict()
         if self._saving is None:
             state_dict = self._on_slow_weights(self, state_dict)
@@ -346,7 +348,7 @@ class Wrapper(SlowWeights):
                 replaced = hook(self, state_dict)
                 state_dict = state_dict if replaced is None else replaced
             base, exact = self.base_optimizer, self._exact_names
-            with self._door, checkpoint.exactly(base, state_dict, self.policy, self._restore_mode, exact):
+            with self._door, checkpoint.exactly(base, state_dict, self._table, self._restore_mode, exact):
                 base.load_state_dict(state_dict)
             self._loaded()
             for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -367,6 +369,7 @@ class Wrapper(SlowWeights):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_inside_slow_weights("copying or pickling")
+        self._wait_for_hosted()
         own = ("base_optimizer", "_own_defaults", "_norm")
         return {name: getattr(self, name) for name in own}
 

@@ -52,7 +52,7 @@ def assert_host_work(begin: Callable[[int], Stepped], most_fixed: float) -> Host
         most_fixed: the bound of the whole step of one, in addresses.
     """
     one, many = begin(1), begin(MANY)
-    counted = _bytecodes(one), _bytecodes(many)
+    counted = bytecodes(one), bytecodes(many)
     fixed = each = float("inf")
     for _ in range(ROUNDS):
         (alone, *_), (_, address, beside) = _times(one), _times(many)
@@ -66,7 +66,7 @@ def assert_host_work(begin: Callable[[int], Stepped], most_fixed: float) -> Host
     return found
 
 
-def _bytecodes(stepped: Stepped) -> int:
+def bytecodes(stepped: Stepped) -> int:
     """How many instructions Python's interpreter runs in a step, tables built and kernels loaded."""
     count = 0
 

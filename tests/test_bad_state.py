@@ -147,3 +147,64 @@ def test_a_parameter_with_gaps_is_cast_to_fp32(backend: BackendCase, rule: str, 
     assert same_tensor_bits(params[0], params[1])
     states = [dict(optimizer.state[p]) for optimizer, p in zip(optimizers, params, strict=True)]
     assert_unchanged(*states)
+
+
+# What may not be missing beside the rest of a state. Of RMSprop and Lion the count may: it corrects nothing there.
+WHOLE = {
+    "adamw": ("exp_avg", "exp_avg_sq", "step"),
+    "radam": ("exp_avg", "exp_avg_sq", "step"),
+    "rmsprop": ("square_avg",),
+    "lion": ("exp_avg",),
+    "wrapped-adamw": ("exp_avg", "exp_avg_sq", "step"),
+}
+
+
+@pytest.mark.parametrize("by", ["hand", "load"])
+@pytest.mark.parametrize("rule", WHOLE)
+def test_a_state_that_was_cut_is_refused(backend: BackendCase, rule: str, by: str) -> None:
+    """A moment would begin anew at zeros amid a run, or count as a first step's. Nothing has changed then; slow weights
+    that are missing begin at the weights, as beside a checkpoint of torch's."""
+    params = make_params([(5,), (4, 3)], device=backend.device)
+    optimizer = make_optimizer(rule, params, backend, lr=0.01, k=2)
+    advance(optimizer, params, range(3))
+    good = copy.deepcopy(optimizer.state_dict())
+    for missing in [(name,) for name in WHOLE[rule]] + [tuple(n for n in WHOLE[rule] if n != "step")]:
+        bad = copy.deepcopy(good)
+        cut = optimizer.state[params[1]] if by == "hand" else bad["state"][1]
+        for name in missing:
+            del cut[name]
+        before = snapshot(optimizer)
+        where = "parameter 1 of group 0" if by == "hand" else "parameter 1"
+        with pytest.raises(ValueError, match=rf"^state '{missing[0]}' of {where} must stand beside its '"):
+            optimizer.step() if by == "hand" else optimizer.load_state_dict(bad)
+        assert_unchanged(before, snapshot(optimizer), str(missing))
+        optimizer.load_state_dict(good)
+        advance(optimizer, params, [3])
+    bad = copy.deepcopy(good)
+    del bad["state"][1]["slow_param"]
+    optimizer.load_state_dict(bad)
+    advance(optimizer, params, [3])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_is_no_state_dict_is_refused(rule: str) -> None:
+    params = make_params([(5,), (4, 3)])
+    optimizer = make(rule, params, BackendCase("auto", "cpu", 0.0))
+    advance(optimizer, params, range(3))
+    good = optimizer.state_dict()
+    before = snapshot(optimizer)
+    cases: list[tuple[Any, str]] = [
+        ({}, r"state_dict must have a mapping of 'state', .* got NoneType among \[\]"),
+        ({"state": {}}, r"state_dict must have a list of 'param_groups', .* got NoneType among \['state'\]"),
+        ({"model": {}, "optimizer": good}, r"got NoneType among \['model', 'optimizer'\]"),
+        ({**good, "state": [1]}, "must have a mapping of 'state', .* got list"),
+        ({**good, "param_groups": [{"lr": 0.1}]}, r"param_groups\[0\] of a state_dict must be a dict with 'params'"),
+        ({**good, "param_groups": []}, "different number of parameter groups"),
+        ({**good, "param_groups": [{**good["param_groups"][0], "params": [0]}]}, "doesn't match the size"),
+    ]
+    for bad, message in cases:
+        for door in (optimizer, getattr(optimizer, "base_optimizer", optimizer)):
+            with pytest.raises(ValueError, match=message):
+                door.load_state_dict(bad)
+            assert_unchanged(before, snapshot(optimizer), message)
+    advance(optimizer, params, [3])

@@ -124,7 +124,8 @@ NOT_COMPUTABLE: list[tuple[str, str, Any, str]] = [
     ("sgd", "momentum", None, "None"),
     ("sgd", "momentum", "0.9", "'0.9'"),
     ("sgd", "dampening", [0.1], r"\[0.1\]"),
-    ("sgd", "weight_decay", torch.ones(1), "Tensor"),
+    ("sgd", "dampening", torch.ones(1), "Tensor"),
+    ("sgd", "weight_decay", torch.ones(2), r"\(2,\)"),
     ("sgd", "alpha", 1.5, "1.5"),
     ("sgd", "k", 0, "0"),
 ]

@@ -376,7 +376,8 @@ def test_a_load_hook_may_return_a_new_dict(backend: BackendCase, rule: str) -> N
 
 def test_a_class_of_another_name_is_nobodys_business() -> None:
     """A state dict names no class: every class lists its own settings, and no others."""
-    own = {"params", "lr", "weight_decay", "maximize", *LOOKAHEAD_ARGUMENTS, "master_weights", "backend"}
+    general = ("master_weights", "backend", "offload_slow")
+    own = {"params", "lr", "weight_decay", "maximize", *LOOKAHEAD_ARGUMENTS, *general}
     radam = own | {"betas", "eps", "decoupled_weight_decay"}
     rmsprop = own - {"alpha"} | {"lookahead_alpha", "alpha", "eps", "momentum", "centered"}
     expected = {
@@ -392,5 +393,5 @@ def test_a_class_of_another_name_is_nobodys_business() -> None:
     base = torch.optim.AdamW(make_params([(3,)]))
     before = set(base.param_groups[0])
     wrapper = lookahead_fused.Lookahead(base)
-    ours = {f"lookahead_{name}" for name in (*LOOKAHEAD_ARGUMENTS, "master_weights", "backend")}
+    ours = {f"lookahead_{name}" for name in (*LOOKAHEAD_ARGUMENTS, *general)}
     assert set(wrapper.state_dict()["param_groups"][0]) == before | ours

@@ -109,3 +109,30 @@ def test_kills(kill: int, host_backends: list[str], tmp_path: Path) -> None:
     for name, run in (("killed", reported), ("resumed", resumed)):
         different = [step for step, digest in run.items() if digest and digest != expected[step]]
         assert not different, f"{told}: the {name} run, resumed after step {min(run)}, differs in steps {different}"
+
+
+@needs_fork
+def test_a_file_that_is_written_in_place_is_refused_when_it_was_cut(host_backends: list[str], tmp_path: Path) -> None:
+    """CLIENTS.md tells to write under another name. Without that a kill leaves no checkpoint at all: reading what there
+    is raises, before anything was loaded."""
+    torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+    backend = next(name for name in host_backends if name != triton_on_host.NAME)
+
+    def run(torn: training.Torn | None = None) -> tuple[dict[int, str], int]:
+        return process(lambda report: training.train(tmp_path, RULES[0], backend, "in place", report, torn))
+
+    path = tmp_path / "checkpoint.pt"
+    _, status = run()
+    assert status == 0
+    whole = path.stat().st_size
+    for byte in (1, whole - SLACK):
+        path.unlink()
+        _, status = run(training.Torn(2 * training.EVERY, byte))
+        assert status == -signal.SIGXFSZ
+        assert path.stat().st_size < whole
+        reported, status = run()
+        assert status == 1
+        assert list(reported) == [-1]
+        assert "in load_file" in reported[-1]
+        assert "torch.load" in reported[-1]
+        assert "load_state_dict" not in reported[-1]

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import types
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from processes import in_fork, needs_gloo
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
@@ -87,6 +92,76 @@ def test_an_alias_shares_the_version_and_none_of_the_memory() -> None:
     other = torch.nn.Parameter(torch.zeros(5))
     torch.utils.swap_tensors(owner, other)
     assert owner.numel() == 5
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
+def test_a_dtensor_has_its_shard_and_its_placement_in_slots() -> None:
+    """csrc/torch/slot.h reads them there; elsewhere it asks by attribute, and Python every gradient."""
+    from torch.distributed.tensor import DTensor
+
+    for name in ("_local_tensor", "_spec"):
+        assert isinstance(vars(DTensor)[name], types.MemberDescriptorType)
+    assert DTensor.__getattribute__ is object.__getattribute__
+    assert not hasattr(DTensor, "__getattr__")
+    # Else every `.grad` would be a call in Python.
+    assert DTensor.__torch_function__ is torch._C._disabled_torch_function_impl  # type: ignore[comparison-overlap]
+    assert DTensor.grad is Tensor.grad
+
+
+@needs_gloo
+def test_an_alias_of_a_dtensor_is_plain_and_shares_its_version() -> None:
+    found = in_fork(
+        """
+        import json
+        import torch
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Shard, distribute_tensor
+        from torch.autograd.graph import increment_version
+        from lookahead_fused import _torch
+
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        shard = distribute_tensor(torch.ones(1000), init_device_mesh("cpu", (1,)), [Shard(0)])
+        found = _torch.version_counter(shard)
+        before = shard._version
+        increment_version(found[0])
+        other = distribute_tensor(torch.ones(5), init_device_mesh("cpu", (1,)), [Shard(0)])
+        torch.utils.swap_tensors(shard, other)
+        sizes = [alias.untyped_storage().nbytes() for alias in found]
+        print(json.dumps([[type(t).__name__ for t in found], other._version - before, sizes, shard.numel()]))
+        """
+    )
+    assert found == [["Tensor", "Tensor"], 1, [0, 0], 5]
+
+
+@needs_gloo
+def test_a_dtensor_may_have_its_part_elsewhere(tmp_path: Path) -> None:
+    """Beside a mesh of another device: `from_local` would bring it there."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        owner = DTensor.from_local(torch.ones(4, 3, dtype=torch.bfloat16), mesh, [Shard(0)])
+        for local in (torch.ones(4, 3), torch.ones(4, 3, device="meta")):
+            # It leaves a part on the meta device alone, which stands in for one that it would move.
+            moves = (
+                {"side_effect": AssertionError("brought to the mesh")}
+                if local.is_meta
+                else {"wraps": DTensor.from_local}
+            )
+            with mock.patch.object(DTensor, "from_local", **moves):
+                made: Any = _torch.dtensor_like(owner, local)
+            assert isinstance(made, DTensor)
+            assert made._local_tensor.device == made.device == local.device
+            assert (made.shape, made.stride(), made.dtype) == (owner.shape, owner.stride(), torch.float32)
+            assert (made.placements, made.device_mesh) == (owner.placements, mesh)
+            assert not made.requires_grad
+            assert made.detach().clone()._local_tensor.device == local.device
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_inference_tensor_has_no_version() -> None:

@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from triton_host import HOST, Recorder, needs_interpreter, set_grads
 
+from lookahead_fused import _captures
+
 
 class Graph:
     """What a captured step leaves: the copy of what moves, and the launches."""
@@ -84,6 +86,26 @@ def test_replays_are_steps(host: Any, rule: str) -> None:
                 optimizer.step()
         runs.append(params)
         assert all(optimizer.state[p]["step"].item() == 15 for p in params)
+    for p, q in zip(*runs, strict=True):
+        assert same_tensor_bits(p, q)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("rule", RULES)
+def test_replays_read_a_weight_decay_that_is_a_tensor(host: Any, rule: str) -> None:
+    """Also where there is none meanwhile."""
+    runs = []
+    for captured in (False, True):
+        decay = torch.tensor(0.5)
+        params = make_params([(5,), (300,)])
+        optimizer = make_optimizer(rule, params, HOST, **{**RULES[rule], "weight_decay": decay})
+        set_grads(params, 0)
+        optimizer.step()
+        graph = Graph(host, optimizer) if captured else None
+        for value in (0.25, 0.0, 1.0):
+            decay.fill_(value)
+            optimizer.step() if graph is None else graph.replay()
+        runs.append(params)
     for p, q in zip(*runs, strict=True):
         assert same_tensor_bits(p, q)
 
@@ -179,9 +201,9 @@ def modes(host: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     load = ctypes.CDLL
     monkeypatch.setattr(ctypes, "CDLL", lambda name: load(str(library) if name == "libcuda.so.1" else name))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    host._exchange_capture_mode.cache_clear()
+    _captures._exchange_capture_mode.cache_clear()
     yield ctypes.CDLL("libcuda.so.1")
-    host._exchange_capture_mode.cache_clear()
+    _captures._exchange_capture_mode.cache_clear()
 
 
 @needs_interpreter

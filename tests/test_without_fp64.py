@@ -20,7 +20,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from lookahead_fused import Lookahead, LookaheadAdamW, LookaheadSGD
+from lookahead_fused import GPA, Lookahead, LookaheadAdamW, LookaheadSGD
 
 _setup_privateuseone_for_python_backend("small")
 RAW = {}
@@ -89,6 +89,7 @@ FORMS = {
     "master": lambda p, backend: LookaheadAdamW([p], lr=0.1, k=2, master_weights=True, backend=backend),
     "sgd": lambda p, backend: LookaheadSGD([p], lr=0.1, momentum=0.9, k=2, backend=backend),
     "wrapper": lambda p, backend: Lookahead(torch.optim.AdamW([p], lr=0.1), k=2, backend=backend),
+    "gpa": lambda p, backend: GPA(torch.optim.AdamW([p], lr=0.1), 0.6, 0.8, backend=backend),
     "external": lambda p, backend: Lookahead(torch.optim.Adamax([p], lr=0.1, foreach=False), k=2, backend=backend),
 }
 
@@ -111,13 +112,15 @@ def run(form, backend, place):
     with optimizer.slow_weights():
         keep(p)
     keep(p)
-    optimizer.sync()
+    if form != "gpa":
+        optimizer.sync()
     keep(p)
     for saved in (copy.deepcopy(optimizer.state_dict()), optimizer.state_dict()):
         q = place(p.raw if isinstance(p, Small) else p)
         resumed = FORMS[form](q, backend)
         resumed.load_state_dict(saved)
-        resumed.sync()
+        if form != "gpa":
+            resumed.sync()
         train(q, resumed, range(5, 8))
         keep(q)
         name = "lookahead_step" if form == "external" else "step"

@@ -76,6 +76,10 @@ class Arm:
         """The momentum of the inner rule: none in Schedule-Free, whose interpolation takes its place."""
         return 0.0 if self.kind == "schedule-free" else beta
 
+    def takes(self, beta: float) -> bool:
+        """Whether it can be built at a momentum: an interpolation of 0 would train at the average itself."""
+        return beta > 0 or self.kind != "schedule-free"
+
     def serves(self, rule: Rule) -> bool:
         """Whether this arm can be built over a rule."""
         if self.kind == "schedule-free":

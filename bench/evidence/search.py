@@ -54,6 +54,7 @@ class Space:
         """Whether the indices are those of settings."""
         return (
             0 <= place.beta < len(BETAS)
+            and self.arm.takes(BETAS[place.beta])
             and 0 <= place.beta2 < max(1, len(self.rule.beta2s))
             and 0 <= place.own < max(1, len(self.arm.owns))
         )

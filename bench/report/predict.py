@@ -30,21 +30,27 @@ class Gpu:
     Attributes:
         name: as the data sheet names it.
         bandwidth: of its memory, in bytes a second.
+        link: to the host, in bytes a second in each of its two directions.
         source: the data sheet.
+        link_source: of its link.
         matches: parts of the name that the driver gives it, all lower case.
     """
 
     name: str
     bandwidth: float
+    link: float
     source: str
+    link_source: str
     matches: tuple[str, ...]
 
 
+# Of the data sheets' figures for both directions together the half: 64 GB/s for PCIe 4.0, 128 GB/s for 5.0.
+PCIE4, PCIE5 = 32e9, 64e9
 GPUS = (
-    Gpu("A100 80GB SXM", 2.039e12, "NVIDIA A100 data sheet", ("a100", "80gb")),
-    Gpu("H100 SXM", 3.35e12, "NVIDIA H100 data sheet", ("h100",)),
-    Gpu("H200 SXM", 4.8e12, "NVIDIA H200 data sheet", ("h200",)),
-    Gpu("B200", 8e12, "NVIDIA DGX B200 data sheet, 64 TB/s for 8", ("b200",)),
+    Gpu("A100 80GB SXM", 2.039e12, PCIE4, "NVIDIA A100 data sheet", "PCIe 4.0 x16, the same", ("a100", "80gb")),
+    Gpu("H100 SXM", 3.35e12, PCIE5, "NVIDIA H100 data sheet", "PCIe 5.0 x16, the same", ("h100",)),
+    Gpu("H200 SXM", 4.8e12, PCIE5, "NVIDIA H200 data sheet", "PCIe 5.0 x16, the same", ("h200",)),
+    Gpu("B200", 8e12, PCIE5, "NVIDIA DGX B200 data sheet, 64 TB/s for 8", "PCIe 5.0 x16 of its hosts", ("b200",)),
 )
 
 # From one launch of a stream to the next, an assumption of ours: what an empty kernel takes.
@@ -65,6 +71,19 @@ def seconds(name: str, case: parameters.Case, gpu: Gpu) -> float:
     return case.elements * moved / gpu.bandwidth + launches * LAUNCH
 
 
+def offloaded_sync_seconds(case: parameters.Case, gpu: Gpu) -> float:
+    """What the slow weights of a sync take over the link with `offload_slow`: read one way while they are written the
+    other, and longer than all that the sync moves on the device."""
+    return case.elements * traffic.sync_bytes(SETTING) / 2 / gpu.link
+
+
+def offloaded_seconds(case: parameters.Case, gpu: Gpu) -> float:
+    """The predicted mean of a step over k with `offload_slow`: a step that syncs lasts as long as its link is busy."""
+    step = case.elements * traffic.step_bytes(SETTING) / gpu.bandwidth
+    syncing = max(step, offloaded_sync_seconds(case, gpu))
+    return (step * (K - 1) + syncing) / K + traffic.OUR_LAUNCHES * LAUNCH
+
+
 def predictions() -> list[dict[str, Any]]:
     """A record for each list and GPU."""
     return [
@@ -73,6 +92,8 @@ def predictions() -> list[dict[str, Any]]:
             "title": parameters.CASES[key].title,
             "gpu": gpu.name,
             "ms": {name: seconds(name, parameters.CASES[key], gpu) * 1e3 for name in (OURS, SYNC, PLAIN)},
+            "offloaded_ms": offloaded_seconds(parameters.CASES[key], gpu) * 1e3,
+            "offloaded_sync_ms": offloaded_sync_seconds(parameters.CASES[key], gpu) * 1e3,
         }
         for key in LISTS
         for gpu in GPUS
@@ -108,6 +129,7 @@ def card(content: dict[str, Any] | None) -> Gpu | None:
 
 
 HEADER = ("list", "GPU", "ours, ms", "fused + sync, ms", "plain fused, ms", "against sync", "against plain",
+          "offloaded, ms", "its sync's link, ms",
           "MEASURED ms", "share of a copy", "against sync", "against plain")  # fmt: skip
 
 
@@ -124,18 +146,24 @@ def table(content: dict[str, Any] | None = None) -> list[list[str]]:
             filled += ["—" if own[name] is None else f"{own[name]:.2f}×" for name in (SYNC, PLAIN)]
         rows.append([
             record["title"], record["gpu"], *(f"{ms[name]:.3f}" for name in (OURS, SYNC, PLAIN)),
-            f"{ms[SYNC] / ms[OURS]:.2f}×", f"{ms[PLAIN] / ms[OURS]:.2f}×", *filled,
+            f"{ms[SYNC] / ms[OURS]:.2f}×", f"{ms[PLAIN] / ms[OURS]:.2f}×",
+            f"{record['offloaded_ms']:.3f}", f"{record['offloaded_sync_ms']:.3f}", *filled,
         ])  # fmt: skip
     return rows
 
 
 def assumptions() -> str:
     """What the predictions stand on."""
-    bandwidths = "; ".join(f"{gpu.name} {gpu.bandwidth / 1e12:g} TB/s ({gpu.source})" for gpu in GPUS)
+    bandwidths = "; ".join(
+        f"{gpu.name} {gpu.bandwidth / 1e12:g} TB/s ({gpu.source}), {gpu.link / 1e9:g} GB/s each way to the host "
+        f"({gpu.link_source})"
+        for gpu in GPUS
+    )
     return (
         f"A prediction, not a measurement: AdamW, fp32, k = {K}, means over k steps, device time alone. Bytes over "
         f"published bandwidth, and {LAUNCH * 1e6:g} µs for each launch (assumed). {bandwidths}. Launches of torch: "
-        "multi_tensor_apply as torch 2.13 for CUDA 13 has it. Measured columns: `make gpu-report` on that card."
+        "multi_tensor_apply as torch 2.13 for CUDA 13 has it. Offloaded: with `offload_slow`, whose sync takes what "
+        "its link takes. Measured columns: `make gpu-report` on that card."
     )
 
 

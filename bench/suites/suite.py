@@ -15,7 +15,7 @@ import torch
 from bench.harness.cores import Others
 from bench.harness.figures import Report
 from bench.harness.processes import apart
-from bench.suites import growth, memory
+from bench.suites import growth, memory, shards
 from bench.suites.averaging import AVERAGING
 from bench.suites.clip import CLIPS
 from bench.suites.family import FAMILY
@@ -36,6 +36,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     **CLIPS,
     "host-tensors": growth.host_tensors,
     "host-groups": growth.host_groups,
+    "host-dtensors": shards.host_dtensors,
     "host-alone": growth.host_alone,
     "memory": memory.memory,
     "memory-of-all": memory.memory_of_all,
@@ -47,7 +48,8 @@ BENCHMARKS: dict[str, Benchmark] = {
 # Those with figures that have targets on a CPU.
 TARGETED = (
     *(name for name, comparison in COMPARISONS.items() if comparison.targets),
-    *SYNCS, *FAMILY, *AVERAGING, *CLIPS, "host-tensors", "host-groups", "memory",
+    *SYNCS, *FAMILY, *AVERAGING, *CLIPS, "host-tensors", "host-groups", "host-dtensors",
+    "memory",
 )  # fmt: skip
 
 

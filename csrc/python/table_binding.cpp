@@ -65,7 +65,7 @@ const std::vector<Names>& policy_names() {
 TableBinding::TableBinding(py::handle tensor_type, TensorReader::Way fastest, const std::string& rule,
                            const std::string& policy, const std::string& param_dtype, const std::string& grad_dtype,
                            const std::string& state_dtype, py::tuple entries, py::tuple fields, py::object conform,
-                           py::object read_group, int64_t chunk_elements)
+                           py::object hold, py::object read_group, int64_t chunk_elements)
     : reader_(tensor_type, fastest),
       rule_(rule_names()[place_of(rule_names(), rule)]),
       policy_(static_cast<int32_t>(place_of(policy_names(), policy))),
@@ -75,6 +75,7 @@ TableBinding::TableBinding(py::handle tensor_type, TensorReader::Way fastest, co
       state_dtype_(dtype_named(state_dtype)),
       entries_(std::move(entries)),
       conform_(std::move(conform)),
+      hold_(std::move(hold)),
       chunk_elements_(chunk_elements),
       groups_(std::move(fields), std::move(read_group)) {
     if (chunk_elements <= 0 || chunk_elements > std::numeric_limits<int32_t>::max()) {
@@ -90,7 +91,7 @@ TableBinding::TableBinding(py::handle tensor_type, TensorReader::Way fastest, co
 }
 
 void TableBinding::set_device(py::handle tensor) {
-    PyObject* const lies = local(tensor.ptr());
+    PyObject* const lies = shards_.local(tensor.ptr());
     if (lies == nullptr || !reader_.describe(lies, device_)) {
         throw py::value_error("a parameter's memory cannot be described");
     }
@@ -98,14 +99,16 @@ void TableBinding::set_device(py::handle tensor) {
 }
 
 void TableBinding::add_row(py::object owner, py::object copy, py::dict state, int32_t group, py::tuple present,
-                           bool moments_loaded, bool acts_on_moment, py::object version) {
+                           py::tuple hosted, bool moments_loaded, bool acts_on_moment, py::object version) {
     if (rows_.size() >= static_cast<size_t>(std::numeric_limits<int32_t>::max())) {
         throw py::value_error("a table has at most 2^31 - 1 rows");
     }
     if (group < 0 || static_cast<size_t>(group) >= groups_.groups().size()) {
         throw py::index_error("a row names group " + std::to_string(group));
     }
-    if (present.size() != COLUMNS) throw py::value_error("present must tell of each of the columns");
+    if (present.size() != COLUMNS || hosted.size() != COLUMNS) {
+        throw py::value_error("present and hosted must tell of each of the columns");
+    }
 
     Tensors tensors{};
     Row plain{};
@@ -114,8 +117,8 @@ void TableBinding::add_row(py::object owner, py::object copy, py::dict state, in
     tensors.acts_on_moment = acts_on_moment;
     tensors.version = version.is_none() ? nullptr : py::tuple(version)[0].ptr();
     tensors.own_gradient = reader_.has_own_gradient(Py_TYPE(owner.ptr()));
-    PyObject* const param = tensors.copy != nullptr ? tensors.copy : local(owner.ptr());
-    tensors.conform = param != owner.ptr();
+    PyObject* const param = tensors.copy != nullptr ? tensors.copy : shards_.local(owner.ptr());
+    tensors.is_shard = tensors.copy == nullptr && param != owner.ptr();
     if (param == nullptr || !reader_.describe(param, tensors.layout)) {
         throw py::value_error("a parameter's memory cannot be described");
     }
@@ -139,11 +142,13 @@ void TableBinding::add_row(py::object owner, py::object copy, py::dict state, in
         const bool required = COLUMN_FACTS[i].required || (i == SLOW && policy_names()[policy_].name != Alone::name);
         if (i > GRAD && required && !has) throw py::value_error("a row lacks a required column");
         if (has) tensors.present |= 1u << i;
+        if (has && hosted[i].cast<bool>()) tensors.hosted |= 1u << i;
     }
 
     layouts_.push_back(std::move(layout));
     rows_.push_back(plain);
     tensors_.push_back(tensors);
+    alike_.emplace_back();
     gradients_.push_back(nullptr);
     const size_t row = rows_.size() - 1;
     try {
@@ -151,9 +156,11 @@ void TableBinding::add_row(py::object owner, py::object copy, py::dict state, in
             throw py::value_error("the state of a row does not match its parameter in device, dtype, shape or strides");
         }
     } catch (...) {
+        for (size_t i = 0; i < COLUMNS; ++i) pinned_.erase(row * COLUMNS + i);
         layouts_.pop_back();
         rows_.pop_back();
         tensors_.pop_back();
+        alike_.pop_back();
         gradients_.pop_back();
         throw;
     }
@@ -167,7 +174,9 @@ void TableBinding::add_row(py::object owner, py::object copy, py::dict state, in
 }
 
 bool TableBinding::fits(const Description& tensor, int column, const Tensors& row) const {
-    if (!tensor.same_device(device_) || !(tensor.dtype == column_dtype_[column])) return false;
+    const bool hosted = row.hosted >> column & 1;
+    if (hosted ? !tensor.on_host() : !tensor.same_device(device_)) return false;
+    if (!(tensor.dtype == column_dtype_[column])) return false;
     return COLUMN_FACTS[column].scalar ? tensor.ndim == 0 : tensor.same_layout(row.layout);
 }
 
@@ -176,7 +185,9 @@ bool TableBinding::find(PyObject* tensor, int column, size_t i, void** address) 
     Tensors& row = tensors_[i];
     static const Description scalar{};
     const ColumnFacts& facts = COLUMN_FACTS[column];
-    if (reader_.is_like(tensor, marks_[facts.type], facts.scalar ? scalar : row.layout)) {
+    const bool hosted = row.hosted >> column & 1;
+    TorchShim::Marks& marks = marks_[hosted][facts.type];
+    if (reader_.is_like(tensor, marks, facts.scalar ? scalar : row.layout)) {
         *address = reader_.data(tensor);
     } else {
         Description described;
@@ -184,26 +195,22 @@ bool TableBinding::find(PyObject* tensor, int column, size_t i, void** address) 
             return false;
         }
         *address = described.data;
-        marks_[facts.type] = reader_.marks(tensor);
+        marks = reader_.marks(tensor);
     }
     row.tensor[column] = tensor;
     const int64_t elements = facts.scalar ? 1 : rows_[i].numel;
     if (elements == 0 || *address == rows_[i].column[column]) return *address != nullptr || elements == 0;
-    return *address != nullptr && reader_.holds(tensor, elements, column_dtype_[column].bits / 8);
+    return *address != nullptr && reader_.holds(tensor, elements, column_dtype_[column].bits / 8) &&
+           (!hosted || hold(tensor, column, i));
 }
 
-// A shard, for a DTensor; borrowed. Null for what is neither that nor a tensor with memory of its own.
-PyObject* TableBinding::local(PyObject* tensor) const {
-    if (reader_.is_plain(tensor)) return tensor;
-    static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
-    PyObject* const shard = PyObject_GetAttr(tensor, name);
-    if (shard == nullptr) {
-        PyErr_Clear();
-        return nullptr;
-    }
-    // The tensor around it holds it.
-    Py_DECREF(shard);
-    return reader_.is_plain(shard) ? shard : nullptr;
+// Whether a device may use a tensor's host memory, which is asked where its address is new, and held from then on.
+bool TableBinding::hold(PyObject* tensor, int column, size_t i) {
+    auto memory = py::reinterpret_steal<py::object>(PyObject_CallFunctionObjArgs(hold_.ptr(), tensor, nullptr));
+    if (!memory) throw py::error_already_set();
+    if (memory.is_none()) return false;
+    pinned_[i * COLUMNS + column] = std::move(memory);
+    return true;
 }
 
 bool TableBinding::refresh(py::dict state, Pass pass, bool event_later) {
@@ -224,7 +231,7 @@ bool TableBinding::refresh(py::dict state, Pass pass, bool event_later) {
 bool TableBinding::refresh_row(size_t i, PyObject* state) {
     Tensors& row = tensors_[i];
     void* address;
-    PyObject* const param = row.copy != nullptr ? row.copy : local(row.owner);
+    PyObject* const param = row.copy != nullptr ? row.copy : shards_.local(row.owner);
     // Where the parameter itself is elsewhere, it may by now share memory with another one: that is Python's to ask.
     if (param == nullptr || !find(param, PARAM, i, &address) || address != rows_[i].column[PARAM]) return false;
     if (pass_ == Pass::SYNC) {
@@ -246,7 +253,7 @@ bool TableBinding::refresh_state(size_t i, PyObject* state) {
         const int column = __builtin_ctz(left);
         PyObject* value;
         if (!find_entry(row, column, entries, &value)) return false;
-        PyObject* const tensor = local(value);
+        PyObject* const tensor = shards_.local(value);
         void* address;
         if (tensor == nullptr || !find(tensor, column, i, &address)) return false;
         // A number that is none: Python says so.
@@ -287,6 +294,14 @@ bool TableBinding::find_entry(Tensors& row, int column, PyObject* entries, PyObj
     return reader_.is_tensor(*value);
 }
 
+// What may be read as it lies; borrowed. Null where Python has to bring it into its row's form.
+PyObject* TableBinding::local_gradient(size_t i, PyObject* gradient) {
+    const Tensors& row = tensors_[i];
+    if (row.copy != nullptr) return nullptr;
+    if (!row.is_shard) return reader_.is_plain(gradient) ? gradient : nullptr;
+    return shards_.placed_alike(row.owner, gradient, alike_[i]) ? shards_.local(gradient) : nullptr;
+}
+
 bool TableBinding::refresh_gradient(size_t i) {
     Tensors& row = tensors_[i];
     PyObject* gradient;
@@ -307,7 +322,12 @@ bool TableBinding::refresh_gradient(size_t i) {
         return true;
     }
     void* address;
-    if (row.conform || !reader_.is_plain(gradient) || !find(gradient, GRAD, i, &address)) {
+    PyObject* const lies = local_gradient(i, gradient);
+    if (lies != nullptr && find(lies, GRAD, i, &address)) {
+        Py_INCREF(lies);
+        Py_DECREF(gradient);
+        gradients_[i] = lies;
+    } else {
         // Python says what is wrong with it, or gives a copy in the parameter's layout; None asks for another table.
         py::object conformed = py::reinterpret_steal<py::object>(PyObject_CallFunctionObjArgs(
             conform_.ptr(), row.owner, row.copy == nullptr ? Py_None : row.copy, gradient, nullptr));
@@ -343,6 +363,12 @@ py::list TableBinding::updated() {
     return all;
 }
 
+py::list TableBinding::pinned() const {
+    py::list all;
+    for (const auto& [place, memory] : pinned_) all.append(memory);
+    return all;
+}
+
 std::pair<py::list, py::list> TableBinding::tensors() const {
     py::list owners, state;
     for (const Tensors& row : tensors_) {
@@ -363,21 +389,25 @@ Table TableBinding::view() const {
 
 int TableBinding::traverse(visitproc visit, void* argument) const {
     const int result = groups_.traverse(visit, argument);
-    return result != 0 ? result
-                       : visit_all({entries_.ptr(), conform_.ptr(), held_.ptr(), updated_.ptr()}, visit, argument);
+    return result != 0
+               ? result
+               : visit_all({entries_.ptr(), conform_.ptr(), hold_.ptr(), held_.ptr(), updated_.ptr()}, visit, argument);
 }
 
 void TableBinding::clear() {
     release();
     rows_.clear();
     tensors_.clear();
+    alike_.clear();
     gradients_.clear();
     chunks_.clear();
     groups_.clear();
     shared_.clear();
     updated_ = py::object();
     held_ = py::list();
+    pinned_.clear();
     conform_ = py::object();
+    hold_ = py::object();
     entries_ = py::tuple();
 }
 

@@ -1,14 +1,17 @@
 // The table as Python makes and keeps it: parameters, their state and their groups in, rows and chunks out. Once a step
 // every tensor is looked at where it is now; none is held between two steps, so that memory which the optimizer no
-// longer needs is free when its owner lets it go.
+// longer needs is free when its owner lets it go. Only pinned host memory, which a device reaches by its address, is
+// held until its row lies elsewhere.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "../table/table.h"
+#include "../torch/shard_reader.h"
 #include "../torch/tensor_reader.h"
 #include "group_reader.h"
 
@@ -31,7 +34,7 @@ class TableBinding {
     // the name of its entry in a parameter's state, None where it has none.
     TableBinding(py::handle tensor_type, TensorReader::Way fastest, const std::string& rule, const std::string& policy,
                  const std::string& param_dtype, const std::string& grad_dtype, const std::string& state_dtype,
-                 py::tuple entries, py::tuple fields, py::object conform, py::object read_group,
+                 py::tuple entries, py::tuple fields, py::object conform, py::object hold, py::object read_group,
                  int64_t chunk_elements);
 
     int32_t add_group(py::dict group) { return groups_.add(reader_, device_, group); }
@@ -39,9 +42,10 @@ class TableBinding {
     void set_device(py::handle tensor);
 
     // Throws where a tensor does not fit its column. copy: what the row has in place of an owner that is not dense, or
-    // None. present: of each column, whether this row has it. acts_on_moment: whether the policy's event does.
-    // version: what shares the owner's version counter, first in a tuple, or None.
-    void add_row(py::object owner, py::object copy, py::dict state, int32_t group, py::tuple present,
+    // None. present: of each column, whether this row has it. hosted: whether it lies in pinned host memory, beside a
+    // table of another device. acts_on_moment: whether the policy's event does. version: what shares the owner's
+    // version counter, first in a tuple, or None.
+    void add_row(py::object owner, py::object copy, py::dict state, int32_t group, py::tuple present, py::tuple hosted,
                  bool moments_loaded, bool acts_on_moment, py::object version);
 
     // Looks at everything that a pass reads or writes. False: something is not what its row was made of, and has to be
@@ -54,6 +58,9 @@ class TableBinding {
 
     // The tensors whose versions this pass must bump: parameters, and of their state what somebody holds besides.
     py::list updated();
+
+    // The pinned host memory that rows name.
+    py::list pinned() const;
 
     // What the rows that take part in this pass write: the parameters, and their state.
     std::pair<py::list, py::list> tensors() const;
@@ -82,8 +89,9 @@ class TableBinding {
         PyObject* owner;         // borrowed: the parameter itself, whose .grad is read
         Py_ssize_t place;        // of its entries in the state, as PyDict_Next counts
         uint32_t present;        // which columns from STEP on the row has, a bit each
+        uint32_t hosted;         // which of them lie in pinned host memory
         int32_t entry[COLUMNS];  // of each of these columns its place among the entries
-        bool conform;            // its gradient always goes through Python
+        bool is_shard;           // its memory is its owner's part on this rank
         bool own_gradient;       // its class gives `grad` a meaning of its own
         bool acts_on_moment;     // an event changes its first moment
         bool updated;            // it took part in the last pass, and is in updated_
@@ -106,26 +114,33 @@ class TableBinding {
     }
     bool find_place(Tensors& row, PyObject* state, PyObject** entries) const;
     bool find_entry(Tensors& row, int column, PyObject* entries, PyObject** value) const;
-    PyObject* local(PyObject* tensor) const;
+    PyObject* local_gradient(size_t row, PyObject* gradient);
     bool fits(const Description& tensor, int column, const Tensors& row) const;
     bool find(PyObject* tensor, int column, size_t row, void** address);
+    bool hold(PyObject* tensor, int column, size_t row);
 
     TensorReader reader_;
+    ShardReader shards_{reader_};
     Names rule_;
     int32_t policy_;  // its place in the list
     bool reads_gradient_;
     Dtype param_dtype_, grad_dtype_, state_dtype_;
     dlpack::DataType column_dtype_[COLUMNS];
-    // Of the tensors that were last described, by the type of their column.
-    TorchShim::Marks marks_[ColumnFacts::TYPES];
+    // Of the tensors that were last described, by where they lie, on the device or the host, and the type of their
+    // column.
+    TorchShim::Marks marks_[2][ColumnFacts::TYPES];
     py::tuple entries_;
-    py::object conform_;
+    py::object conform_, hold_;
+    // What `hold` gave, by row and column: memory that is held is no other's, and its address need not be asked again
+    // whether a device may use it.
+    std::unordered_map<size_t, py::object> pinned_;
     int64_t chunk_elements_;
     GroupReader groups_;
     Description device_;
     bool on_host_ = false;
     std::vector<Tensors> tensors_;
     std::vector<std::vector<int64_t>> layouts_;
+    std::vector<ShardReader::Alike> alike_;  // of rows that are shards, the placements of owner and gradient
     std::vector<Row> rows_;
     std::vector<Chunk> chunks_;
     py::list held_;                     // versions and copies, where the garbage collector can see them

@@ -121,14 +121,16 @@ void bind_table(py::module_& module) {
     module.attr("PASSES") = passes;
     py::class_<TableBinding>(module, "Table", collected<TableBinding>(), py::module_local())
         .def(py::init<py::handle, TensorReader::Way, const std::string&, const std::string&, const std::string&,
-                      const std::string&, const std::string&, py::tuple, py::tuple, py::object, py::object, int64_t>(),
+                      const std::string&, const std::string&, py::tuple, py::tuple, py::object, py::object, py::object,
+                      int64_t>(),
              py::arg("tensor_type"), py::arg("fastest"), py::arg("rule"), py::arg("policy"), py::arg("param_dtype"),
              py::arg("grad_dtype"), py::arg("state_dtype"), py::arg("entries"), py::arg("fields"), py::arg("conform"),
-             py::arg("read_group"), py::arg("chunk_elements"))
+             py::arg("hold"), py::arg("read_group"), py::arg("chunk_elements"))
         .def("set_device", &TableBinding::set_device, py::arg("tensor"))
         .def("add_group", &TableBinding::add_group, py::arg("group"))
         .def("add_row", &TableBinding::add_row, py::arg("owner"), py::arg("copy"), py::arg("state"), py::arg("group"),
-             py::arg("present"), py::arg("moments_loaded"), py::arg("acts_on_moment"), py::arg("version"))
+             py::arg("present"), py::arg("hosted"), py::arg("moments_loaded"), py::arg("acts_on_moment"),
+             py::arg("version"))
         .def(
             "refresh",
             [](TableBinding& table, py::dict state, int pass, bool event_later) {
@@ -137,6 +139,7 @@ void bind_table(py::module_& module) {
             py::arg("state"), py::arg("pass_"), py::arg("event_later") = false)
         .def("release", &TableBinding::release)
         .def("updated", &TableBinding::updated)
+        .def("pinned", &TableBinding::pinned)
         .def("tensors", &TableBinding::tensors)
         .def_property_readonly("moves", &TableBinding::moves)
         .def_property_readonly("way", &TableBinding::way)

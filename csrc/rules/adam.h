@@ -32,11 +32,11 @@ struct Adam {
     LF_HD static Coefficients<T> prepare(const double* hyper, const StepInputs& at) {
         const double correction1 = 1.0 - power(hyper[BETA1], at.step);
         const double correction2 = 1.0 - power(hyper[BETA2], at.step);
-        const bool decays = hyper[WEIGHT_DECAY] != 0;
+        const bool decays = at.weight_decay != 0;
         Coefficients<T> c;
         c.gradient_factor = static_cast<T>(gradient_factor(hyper[MAXIMIZE] != 0, at));
-        c.decay = static_cast<T>(1.0 - at.lr * hyper[WEIGHT_DECAY]);
-        c.weight_decay = static_cast<T>(hyper[WEIGHT_DECAY]);
+        c.decay = static_cast<T>(1.0 - at.lr * at.weight_decay);
+        c.weight_decay = static_cast<T>(at.weight_decay);
         c.exp_avg = Lerp<T>::with(1.0 - hyper[BETA1]);
         c.beta2 = static_cast<T>(hyper[BETA2]);
         c.one_minus_beta2 = static_cast<T>(1.0 - hyper[BETA2]);

@@ -27,7 +27,7 @@ struct Lion {
     LF_HD static Coefficients<T> prepare(const double* hyper, const StepInputs& at) {
         Coefficients<T> c;
         c.gradient_factor = static_cast<T>(gradient_factor(hyper[MAXIMIZE] != 0, at));
-        c.decay = static_cast<T>(1.0 - at.lr * hyper[WEIGHT_DECAY]);
+        c.decay = static_cast<T>(1.0 - at.lr * at.weight_decay);
         c.lr = static_cast<T>(at.lr);
         c.beta1 = static_cast<T>(hyper[BETA1]);
         c.one_minus_beta1 = static_cast<T>(1.0 - hyper[BETA1]);

@@ -31,14 +31,14 @@ struct RMSprop {
     LF_HD static Coefficients<T> prepare(const double* hyper, const StepInputs& at) {
         Coefficients<T> c;
         c.gradient_factor = static_cast<T>(gradient_factor(hyper[MAXIMIZE] != 0, at));
-        c.weight_decay = static_cast<T>(hyper[WEIGHT_DECAY]);
+        c.weight_decay = static_cast<T>(at.weight_decay);
         c.alpha = static_cast<T>(hyper[ALPHA]);
         c.one_minus_alpha = static_cast<T>(1.0 - hyper[ALPHA]);
         c.grad_avg = Lerp<T>::with(1.0 - hyper[ALPHA]);
         c.eps = static_cast<T>(hyper[EPS]);
         c.momentum = static_cast<T>(hyper[MOMENTUM]);
         c.lr = static_cast<T>(at.lr);
-        c.decays = hyper[WEIGHT_DECAY] != 0;
+        c.decays = at.weight_decay != 0;
         c.centered = hyper[CENTERED] != 0;
         c.accelerated = hyper[MOMENTUM] > 0;
         return c;

@@ -29,11 +29,11 @@ struct Sgd {
     LF_HD static Coefficients<T> prepare(const double* hyper, const StepInputs& at) {
         Coefficients<T> c;
         c.gradient_factor = static_cast<T>(gradient_factor(hyper[MAXIMIZE] != 0, at));
-        c.weight_decay = static_cast<T>(hyper[WEIGHT_DECAY]);
+        c.weight_decay = static_cast<T>(at.weight_decay);
         c.momentum = static_cast<T>(hyper[MOMENTUM]);
         c.one_minus_dampening = static_cast<T>(1.0 - hyper[DAMPENING]);
         c.lr = static_cast<T>(at.lr);
-        c.decays = hyper[WEIGHT_DECAY] != 0;
+        c.decays = at.weight_decay != 0;
         c.accelerated = hyper[MOMENTUM] != 0;
         c.nesterov = hyper[NESTEROV] != 0;
         c.first = at.first;

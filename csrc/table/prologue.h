@@ -94,9 +94,9 @@ LF_HD void prepare(int32_t policy, const Group& group, const RowCounts& counts, 
     slow.lr = lr;
     // Where the inner step was done elsewhere, theta has moved already, and phi was taken before that.
     slow.captures = Rule::reads_gradient && counts.applied == 0;
-    slow.event = is_step              ? (arguments.event_later != 0 ? Event::NEVER : Event::BY_COUNT)
-                 : counts.applied > 0 ? Event::NOW
-                                      : Event::NEVER;
+    slow.event = arguments.pass == Pass::STEP ? (arguments.event_later != 0 ? Event::NEVER : Event::BY_COUNT)
+                 : counts.applied > 0         ? Event::NOW
+                                              : Event::NEVER;
 
     PolicyNumbers own = counts.policy;
     to.slow = prepare_slow<T>(Policies{}, policy, PolicyHypers{group}, slow, own);
@@ -105,6 +105,8 @@ LF_HD void prepare(int32_t policy, const Group& group, const RowCounts& counts, 
     StepInputs at;
     at.step = counts.applied + 1;
     at.lr = lr;
+    at.weight_decay = 0;
+    if constexpr (Rule::reads_gradient) at.weight_decay = number_in(group, static_cast<int>(Rule::WEIGHT_DECAY));
     at.grad_scale = arguments.grad_scale != nullptr ? *arguments.grad_scale : 1.0;
     at.clip = arguments.clip != nullptr ? *arguments.clip : 1.0;
     at.first = counts.applied == 0 && counts.moments_loaded == 0;

@@ -73,8 +73,8 @@ struct Live {
     int32_t is_double;
 };
 
-// A learning rate, and the two interpolations of a policy that averages.
-constexpr int MAX_LIVE = 3;
+// A learning rate, a weight decay, and the two interpolations of a policy that averages.
+constexpr int MAX_LIVE = 4;
 
 struct Group {
     double rule[MAX_RULE_HYPERS];      // in the order of the rule's hyper_names

@@ -19,7 +19,7 @@ struct DataType {
     uint16_t lanes;
 };
 
-enum DeviceType : int32_t { CPU = 1 };
+enum DeviceType : int32_t { CPU = 1, CUDA_HOST = 3, ROCM_HOST = 11 };
 
 enum DataTypeCode : uint8_t { INT = 0, FLOAT = 2, BFLOAT = 4 };
 

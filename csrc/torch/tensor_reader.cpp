@@ -22,6 +22,10 @@ bool Description::same_device(const Description& other) const {
     return device.type == other.device.type && device.id == other.device.id;
 }
 
+bool Description::on_host() const {
+    return device.type == dlpack::CPU || device.type == dlpack::CUDA_HOST || device.type == dlpack::ROCM_HOST;
+}
+
 bool Description::same_layout(const Description& other) const {
     if (ndim != other.ndim) return false;
     for (int32_t i = 0; i < ndim; ++i) {
@@ -163,7 +167,10 @@ PyObject* TensorReader::gradient(PyObject* tensor) const {
 }
 
 bool TensorReader::has_own_dispatch(PyTypeObject* type) const {
-    return says_otherwise(type, "__torch_dispatch__", dispatch_, plain_type_);
+    if (around_type_.ptr() == reinterpret_cast<PyObject*>(type)) return true;
+    if (!says_otherwise(type, "__torch_dispatch__", dispatch_, plain_type_)) return false;
+    around_type_ = py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(type));
+    return true;
 }
 
 bool TensorReader::has_own_gradient(PyTypeObject* type) const {

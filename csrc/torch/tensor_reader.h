@@ -26,6 +26,8 @@ struct Description {
     int64_t numel() const;
     bool has_odd_stride() const;
     bool same_device(const Description& other) const;
+    // Pinned memory has numbers of its own in DLPack, which torch does not use so far.
+    bool on_host() const;
     // The same shape, and strides that differ at most where a size of 1 makes them meaningless.
     bool same_layout(const Description& other) const;
 };
@@ -111,8 +113,8 @@ class TensorReader {
     const dlpack::ExchangeApi* api_ = nullptr;
     // What classes inherit that do not say otherwise.
     py::object gradient_descriptor_, dispatch_;
-    // The classes of which it was last found that they do not.
-    mutable py::object plain_type_, usual_gradient_type_;
+    // The classes of which it was last found that they do not, or do.
+    mutable py::object plain_type_, usual_gradient_type_, around_type_;
     getter gradient_;
     void* gradient_closure_;
     PyCFunction is_negated_;

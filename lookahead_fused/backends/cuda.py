@@ -17,7 +17,7 @@ from .. import _build as build
 from .._norm import ClipOnDevice, address
 from .._parts import CompiledPart, Part, Spec
 from . import nvml
-from .gpu import LentUsedOn, UsedOn, moved_while_capturing, no_table_to_capture
+from .gpu import LentUsedOn, PinnedUsedOn, UsedOn, moved_while_capturing, no_table_to_capture
 
 NAME = "cuda"
 DEVICES: tuple[str, ...] = ("cuda",)
@@ -95,7 +95,7 @@ class Stepper:
                 owners=(self.fixed, self.moving, pinned),
             )
         self.moves = part.table.moves
-        self.used_on = UsedOn(stream)
+        self.used_on, self.pinned_used_on = UsedOn(stream), PinnedUsedOn()
         # Made where a norm is asked for.
         self.norm: Tensor | None = None
         self.sums_used_on, self.clip_used_on = LentUsedOn(), LentUsedOn()
@@ -145,6 +145,7 @@ class Stepper:
                 self.moves = part.table.moves
             arguments = (part.table, address(grad_scale), address(found_inf), address(clip), stream)
             if not capturing:
+                self.pinned_used_on.add(stream, self.device, part.table)
                 self.native.step(*arguments)
                 return
             # What moves as it is now, in memory of the graph's own. Every replay reads that and this table, and writes

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 
 class UsedOn:
@@ -41,6 +41,30 @@ class LentUsedOn:
         if tensors[0] is not self._first:
             self._first, self._used_on = tensors[0], UsedOn(stream)
         self._used_on.add(stream, tensors, tell)
+
+
+class PinnedUsedOn:
+    """The same of a table's pinned host memory, of which torch's allocator has one lesson less to learn: it gives freed
+    memory away at once unless it knows of a stream that may still use it."""
+
+    def __init__(self) -> None:
+        self._moves, self._streams = -1, set[Any]()
+
+    def add(self, stream: Any, device: torch.device, table: Any) -> None:
+        """Has the allocator told of a stream or of memory that is new."""
+        if table.moves != self._moves:
+            self._moves, self._streams = table.moves, set()
+        if stream not in self._streams:
+            for memory in table.pinned():
+                tell_pinned(memory, device)
+            self._streams.add(stream)
+
+
+def tell_pinned(memory: UntypedStorage, device: torch.device) -> None:
+    """Pinned memory has no `record_stream`; a copy that does not wait records its stream, for as long as the memory is
+    not freed."""
+    first = torch.empty(0, dtype=torch.uint8, device="cpu").set_(memory)[:1]
+    torch.empty(1, dtype=torch.uint8, device=device).copy_(first, non_blocking=True)
 
 
 def no_table_to_capture(device: torch.device) -> str:

@@ -49,7 +49,7 @@ def step(row: Row, spec: Spec, grad_scale: float, clip: float, event_later: bool
     start = p = _weights(row)
     if spec.policy.averages and spec.rule.reads_gradient:
         assert row.slow is not None
-        p = start if steps == 1 else row.slow.clone()
+        p = start if steps == 1 else row.slow.to(start.device, copy=True)
     moments = dict(row.moments)
     if row.has_narrow_moments:
         moments = {name: moment.to(row.compute_dtype) for name, moment in moments.items()}
@@ -103,10 +103,11 @@ def _lookahead(
     outer, cached = row.companion, row.cached_moment
     if steps is not None and steps % row.group[policy.k] != 0:
         return After(p, slow)
+    slow = _beside(p, slow)
     if policy.has_outer_momentum(row.group):
         assert outer is not None
         momentum, difference = float(row.group[policy.outer_momentum]), slow - p
-        outer = outer * momentum + difference
+        outer = _beside(p, outer) * momentum + difference
         nesterov = row.group.get(policy.outer_nesterov, True)
         slow = slow - (difference + outer * momentum if nesterov else outer) * alpha
     else:
@@ -135,7 +136,7 @@ def _ema(
             weight = 1.0 / (n + 1)
         else:
             weight = 1.0 - min(float(decay), (1 + n) / (10 + n) if row.group[policy.warmup] else 1.0)
-        slow = _lerp(slow, p, weight if n > 0 else 1.0)
+        slow = _lerp(_beside(p, slow), p, weight if n > 0 else 1.0)
     return After(p, slow)
 
 
@@ -158,9 +159,9 @@ def _averaging(
         share = 1.0 - (weight / numbers["weight_sum"] if numbers["weight_sum"] > 0 else 0.0)
     place = numbers["y_interp"]
     if row.companion is not None:
-        x = row.companion
+        x = _beside(p, row.companion)
     else:
-        x = start + (start - slow) * ((1.0 - place) / place if place > 0 else 0.0)
+        x = start + (start - _beside(p, slow)) * ((1.0 - place) / place if place > 0 else 0.0)
     numbers["y_interp"] = train
     x = p + (x - p) * share
     return After(p + (x - p) * train, p, companion=None if row.companion is None else x, numbers=numbers)
@@ -170,6 +171,11 @@ def _alone(
     row: Row, spec: Spec, steps: int | None, start: Tensor, p: Tensor, slow: Tensor, moments: dict[str, Tensor]
 ) -> After:
     return After(p, None)
+
+
+def _beside(p: Tensor, slow: Tensor) -> Tensor:
+    """Slow weights on the weights' device: torch's operators want a copy of those that are offloaded."""
+    return slow.to(p.device)
 
 
 def _weights(row: Row) -> Tensor:
@@ -261,7 +267,7 @@ def _adam(
 ) -> Tensor:
     """Adam (Kingma and Ba 2015), AdamW (Loshchilov and Hutter 2019), AMSGrad (Reddi et al. 2018)."""
     beta1, beta2 = hyper["beta1"], hyper["beta2"]
-    lr, weight_decay = float(hyper["lr"]), hyper["weight_decay"]
+    lr, weight_decay = float(hyper["lr"]), float(hyper["weight_decay"])
     g = g * factor
     if weight_decay != 0 and hyper["decoupled_weight_decay"]:
         p = p * (1.0 - lr * weight_decay)
@@ -288,10 +294,10 @@ def _sgd(
     moments: dict[str, Tensor],
 ) -> Tensor:
     """SGD with momentum, dampening and Nesterov's form, as torch.optim.SGD defines them."""
-    lr, momentum = float(hyper["lr"]), hyper["momentum"]
+    lr, weight_decay, momentum = float(hyper["lr"]), float(hyper["weight_decay"]), hyper["momentum"]
     g = g * factor
-    if hyper["weight_decay"] != 0:
-        g = g + p * hyper["weight_decay"]
+    if weight_decay != 0:
+        g = g + p * weight_decay
     if momentum != 0:
         buffer = g if first else moments["momentum_buffer"] * momentum + g * (1.0 - hyper["dampening"])
         moments["momentum_buffer"] = buffer
@@ -309,10 +315,11 @@ def _rmsprop(
     moments: dict[str, Tensor],
 ) -> Tensor:
     """RMSprop (Tieleman and Hinton 2012), centered (Graves 2013) and with momentum, as torch.optim.RMSprop has them."""
-    lr, alpha, momentum = float(hyper["lr"]), hyper["alpha"], float(hyper["momentum"])
+    lr, weight_decay = float(hyper["lr"]), float(hyper["weight_decay"])
+    alpha, momentum = hyper["alpha"], float(hyper["momentum"])
     g = g * factor
-    if hyper["weight_decay"] != 0:
-        g = g + p * hyper["weight_decay"]
+    if weight_decay != 0:
+        g = g + p * weight_decay
     moments["square_avg"] = second = moments["square_avg"] * alpha + (g * g) * (1.0 - alpha)
     if hyper["centered"]:
         mean = moments["grad_avg"] = _lerp(moments["grad_avg"], g, 1.0 - alpha)
@@ -335,7 +342,7 @@ def _radam(
 ) -> Tensor:
     """RAdam (Liu et al. 2020, algorithm 2) with either weight decay, as torch.optim.RAdam defines it."""
     beta1, beta2 = hyper["beta1"], hyper["beta2"]
-    lr, weight_decay = float(hyper["lr"]), hyper["weight_decay"]
+    lr, weight_decay = float(hyper["lr"]), float(hyper["weight_decay"])
     g = g * factor
     if weight_decay != 0 and hyper["decoupled_weight_decay"]:
         p = p * (1.0 - lr * weight_decay)
@@ -367,7 +374,7 @@ def _lion(
     lr, beta1, beta2 = float(hyper["lr"]), hyper["beta1"], hyper["beta2"]
     g = g * factor
     m = moments["exp_avg"]
-    p = p * (1.0 - lr * hyper["weight_decay"]) - _sign(m * beta1 + g * (1.0 - beta1)) * lr
+    p = p * (1.0 - lr * float(hyper["weight_decay"])) - _sign(m * beta1 + g * (1.0 - beta1)) * lr
     moments["exp_avg"] = m * beta2 + g * (1.0 - beta2)
     return p
 

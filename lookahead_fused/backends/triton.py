@@ -9,11 +9,9 @@ parameter for it, or when somebody asks which backends serve.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -22,10 +20,11 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _build as build
+from .._captures import allowed_to_wait
 from .._norm import ClipOnDevice
 from .._parts import CompiledPart, Part, Pass, Spec
 from .._tensors import compute_dtype, count_device
-from .gpu import LentUsedOn, UsedOn, moved_while_capturing, no_table_to_capture
+from .gpu import LentUsedOn, PinnedUsedOn, UsedOn, moved_while_capturing, no_table_to_capture
 
 NAME = "triton"
 # CUDA is AMD's ROCm too. For the last two there are drivers outside of Triton's own releases.
@@ -89,7 +88,7 @@ class Stepper:
             if _is_capturing(self.device):
                 raise RuntimeError(no_table_to_capture(self.device))
             self.kernels = kernels()
-            self.used_on = UsedOn(_stream(self.device))
+            self.used_on, self.pinned_used_on = UsedOn(_stream(self.device)), PinnedUsedOn()
             self.packed = table.packed()
             self.fixed = torch.empty(self.packed.fixed, dtype=torch.uint8, device=self.device)
             self._send_fixed(part)
@@ -148,7 +147,10 @@ class Stepper:
     def run(self, part: CompiledPart, grad_scale: Tensor | None, found_inf: Tensor | None, clip: Tensor | None) -> None:
         """One pass over the part's table, on the device's current stream, without waiting for it."""
         with _current(self.device):
-            self._launch(part, self._moving(part), grad_scale, found_inf, clip)
+            moving = self._moving(part)
+            if not _is_capturing(self.device):
+                self.pinned_used_on.add(_stream(self.device), self.device, part.table)
+            self._launch(part, moving, grad_scale, found_inf, clip)
 
     def _moving(self, part: CompiledPart) -> Tensor:
         """What moves as it is now, on the device; a graph that is being captured gets it for itself."""
@@ -190,7 +192,7 @@ class Stepper:
         )
         # Machine code is loaded as it is first launched, which allocates memory.
         new = part.pass_ not in self.compiled
-        with _allowed_to_wait() if new else nullcontext():
+        with allowed_to_wait() if new else nullcontext():
             if new:
                 # Both before either is launched: a pass that fails in compiling one must not count.
                 for kernel, programs, arguments, warps in launches:
@@ -204,7 +206,7 @@ class Stepper:
     def _send_fixed(self, part: CompiledPart) -> None:
         staged = _host_bytes(self.packed.fixed)
         part.table.pack_fixed(staged.data_ptr())
-        with _allowed_to_wait():  # for the copy, out of memory that is not pinned
+        with allowed_to_wait():  # for the copy, out of memory that is not pinned
             self.fixed.copy_(staged)
         self.moves = part.table.moves
 
@@ -248,7 +250,7 @@ class Norm:
         plan = part.table.norm_plan()
         staged = _host_bytes(plan.bytes)
         plan.pack(staged.data_ptr())
-        with _allowed_to_wait():
+        with allowed_to_wait():
             self.memory = staged.to(device)
         self.device = device
         self.count, self.places = plan.count, (plan.first_block, plan.done, plan.partial)
@@ -265,31 +267,14 @@ class Norm:
 
 def _launched(kernel: Any, programs: int, arguments: tuple[Any, ...], warps: int) -> None:
     # Machine code is loaded as it is first launched, which allocates memory.
-    with _allowed_to_wait():
+    with allowed_to_wait():
         kernel[(programs,)](*arguments, num_warps=warps, enable_fp_fusion=False)
 
 
 def _pinned_with_leave(like: Tensor) -> Tensor:
     # Torch asks for none where another thread captures: neither to allocate nor to see what it may use again.
-    with _allowed_to_wait():
+    with allowed_to_wait():
         return _pinned(like)
-
-
-@contextmanager
-def _allowed_to_wait() -> Iterator[None]:
-    """While any thread captures a graph, calls that might wait are forbidden to all threads that do not ask for this:
-    they would fail, and the capture with them."""
-    exchange = _exchange_capture_mode()
-    mode = ctypes.c_int(_RELAXED)
-    exchanged = exchange is not None and exchange(ctypes.byref(mode)) == 0
-    try:
-        yield
-    finally:
-        if exchange is not None and exchanged:
-            exchange(ctypes.byref(mode))
-
-
-_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 
 def _host_bytes(size: int) -> Tensor:
@@ -387,19 +372,6 @@ def _is_capturing(device: torch.device) -> bool:
 
 def _pinned(like: Tensor) -> Tensor:
     return like.pin_memory()
-
-
-@functools.cache
-def _exchange_capture_mode() -> Callable[..., int] | None:
-    """The function of NVIDIA's driver that gives this thread another capture mode; None where it drives no device. No
-    torch has it in Python: `capture_error_mode` of torch.cuda.graph is for the thread that captures."""
-    if torch.version.cuda is None:
-        return None
-    try:
-        function: Callable[..., int] = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
-    except (OSError, AttributeError):
-        return None
-    return function
 
 
 def _used_on_current_stream(tensor: Tensor) -> None:

@@ -267,10 +267,13 @@ def store_moment(array, i, value, mask, random, m: constexpr, S: constexpr, T: c
 
 
 @triton.jit
-def load_weights(at, i, inside, P: constexpr, T: constexpr):
-    """Theta in the compute type."""
+def load_weights(at, i, inside, averages: constexpr, P: constexpr, T: constexpr):
+    """Theta in the compute type. Where a policy averages, a parameter in 16 bits always has a master: to ask whether
+    would take more scalar registers than an AMD processor has."""
     if P == T:
         p = load(at.param, i, inside)
+    elif averages and at.param.dtype.element_ty == tl.bfloat16:
+        p = join_halves(load(at.param, i, inside), load(at.master, i, inside))
     elif at.param.dtype.element_ty == tl.bfloat16:
         # Without a master beside zeros: then it is the parameter.
         p = join_halves(load(at.param, i, inside), load(at.master, i, at.has_master & inside))
@@ -281,9 +284,13 @@ def load_weights(at, i, inside, P: constexpr, T: constexpr):
 
 
 @triton.jit
-def store_weights(at, i, p, inside, P: constexpr, T: constexpr):
+def store_weights(at, i, p, inside, averages: constexpr, P: constexpr, T: constexpr):
     if P == T:
         store(at.param, i, p, inside)
+    elif averages and at.param.dtype.element_ty == tl.bfloat16:
+        param, low = halve(p)
+        store(at.master, i, low, inside)
+        store(at.param, i, param, inside)
     elif at.param.dtype.element_ty == tl.bfloat16:
         param, low = halve(p)
         store(at.master, i, low, at.has_master & inside)
@@ -308,7 +315,7 @@ def elements(at, own, c, i, inside, place, rule: constexpr, P: constexpr, S: con
     What a policy decided is read where it is asked for: held over the blocks it would take more scalar registers than
     an AMD processor has, and in an event vector registers from every step.
     """
-    p = load_weights(at, i, inside, P, T)
+    p = load_weights(at, i, inside, False, P, T)
     g = p
     if rule.reads_gradient:
         g = load(at.grad, i, inside).to(T)
@@ -337,13 +344,13 @@ def elements(at, own, c, i, inside, place, rule: constexpr, P: constexpr, S: con
     store_moment(at.moments[0], i, moment, at.has_moment[0] & inside, random, 0, S, T)
     for m in tl.static_range(1, rule.moments):
         store_moment(at.moments[m], i, moments[m], at.has_moment[m] & inside, random, m, S, T)
-    store_weights(at, i, p, changes, P, T)
+    store_weights(at, i, p, changes, False, P, T)
 
 
 @triton.jit
 def averaged_elements(at, own, i, inside, place, rule: constexpr, P: constexpr, S: constexpr, T: constexpr):
     """The same of a row whose policy averages. Its parameter has a master where it is kept in fewer bits."""
-    y = load_weights(at, i, inside, P, T)
+    y = load_weights(at, i, inside, True, P, T)
     if rule.reads_gradient:
         g = load(at.grad, i, inside).to(T)
         capture = tl.load(own + 1)
@@ -364,7 +371,7 @@ def averaged_elements(at, own, i, inside, place, rule: constexpr, P: constexpr, 
     y, x = slow_averaged(tl.load(own + RECOVERY + 1), tl.load(own + RECOVERY + 2), z, x)
     if not rule.reads_gradient:
         store(at.companion, i, x, inside)
-    store_weights(at, i, y, inside, P, T)
+    store_weights(at, i, y, inside, True, P, T)
 
 
 @triton.jit

@@ -112,6 +112,10 @@ def test_predictions_by_hand() -> None:
     ms = records["one-large", "H100 SXM"]
     assert ms[OURS] == pytest.approx(1e3 * (64 * 2**20 * 29.6 / 3.35e12 + 2 * 3e-6))
     assert ms[SYNC] > ms[OURS] > ms[PLAIN]  # bytes: 32, 29.6 and 28
+    [offloaded] = [r for r in predict.predictions() if (r["case"], r["gpu"]) == ("one-large", "H100 SXM")]
+    link = 1e3 * 64 * 2**20 * 4 / 64e9
+    assert offloaded["offloaded_sync_ms"] == pytest.approx(link)
+    assert offloaded["offloaded_ms"] == pytest.approx(1e3 * (4 * 64 * 2**20 * 28 / 3.35e12 / 5 + 2 * 3e-6) + link / 5)
     assert "PREDICTED" not in "".join(map(str, predict.table()))
     assert all(row[-4:] == ["—"] * 4 for row in predict.table())
 

@@ -374,7 +374,8 @@ def test_ptx_rounds_operation_by_operation(target: str) -> None:
             assert (f"{operation}.rn.{width}" in text) == (rule.split()[0] in DIVIDES), where
         if param != FP64:
             assert "f64" not in text, where
-        if param.itemsize == 2:
+        # A master's halves are told apart by integers.
+        if param.itemsize == 2 and not (is_averaged(rule) and param == BF16):
             assert re.search(r"cvt\.rn\.(bf16|f16)(x2)?\.f32", text), where
 
 

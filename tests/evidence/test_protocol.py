@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.evidence import protocol, tuned
-from bench.evidence.arms import ARMS, RULES, Arm
+from bench.evidence.arms import ARMS, RULES, Arm, build, has_muon
 from bench.evidence.claims import pattern
 from bench.evidence.experiment import Scale
 from bench.evidence.protocol import Comparison
@@ -52,6 +53,23 @@ def test_a_search_ends_at_the_lowest_point_wherever_it_lies(lr: float, beta: flo
     assert (found.point.beta, found.point.beta2) == (beta, 0.99)
     assert found.bracketed
     assert found.trainings == len(trained)
+
+
+@pytest.mark.parametrize(("arm", "rule"), [(a, r) for a in ARMS for r in RULES if ARMS[a].serves(RULES[r])])
+def test_a_search_stays_where_its_arm_can_be_built(arm: str, rule: str) -> None:
+    if rule == "muon" and not has_muon():
+        pytest.skip("torch.optim.Muon came with torch 2.9")
+    for aim in (-1.0, 2.0):  # beyond both ends of every coordinate but the learning rate
+        _, trained = searched(
+            Space(ARMS[arm], RULES[rule], 0.004),
+            lambda p, aim=aim: (p.beta - aim) ** 2 + ((p.beta2 or aim) - aim) ** 2 + ((p.own or aim) - aim) ** 2,
+        )
+        for point in trained:
+            params = [torch.zeros(2, 2, requires_grad=True)]
+            build(
+                ARMS[arm], RULES[rule], params, lr=point.lr, beta=point.beta, steps=2, beta2=point.beta2, own=point.own
+            )
+        assert len({point.beta for point in trained}) >= 2
 
 
 def test_a_search_goes_round_until_nothing_is_better() -> None:
