@@ -88,8 +88,6 @@ LF_HD void prepare(int32_t policy, const Group& group, const RowCounts& counts, 
     const double lr = number_in(group, 0);
 
     PolicyInputs slow;
-    const bool is_step = arguments.pass == Pass::STEP;
-    to.rounding = rounding_key(counts.applied + (is_step ? 1 : 0), !is_step);
     slow.step = counts.applied + 1;
     slow.lr = lr;
     // Where the inner step was done elsewhere, theta has moved already, and phi was taken before that.
@@ -111,6 +109,9 @@ LF_HD void prepare(int32_t policy, const Group& group, const RowCounts& counts, 
     at.clip = arguments.clip != nullptr ? *arguments.clip : 1.0;
     at.first = counts.applied == 0 && counts.moments_loaded == 0;
     to.rule = Rule::template prepare<T>(group.rule, at);
+    // Last: held over the rest, it would take registers that a GPU does not have.
+    const bool is_step = arguments.pass == Pass::STEP;
+    to.rounding = rounding_key(is_step ? at.step : counts.applied, !is_step);
 }
 
 }  // namespace LF_ISA
