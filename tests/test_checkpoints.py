@@ -376,7 +376,7 @@ def test_a_load_hook_may_return_a_new_dict(backend: BackendCase, rule: str) -> N
 
 def test_a_class_of_another_name_is_nobodys_business() -> None:
     """A state dict names no class: every class lists its own settings, and no others."""
-    general = ("master_weights", "backend", "offload_slow")
+    general = ("master_weights", "state_dtype", "backend", "offload_slow")
     own = {"params", "lr", "weight_decay", "maximize", *LOOKAHEAD_ARGUMENTS, *general}
     radam = own | {"betas", "eps", "decoupled_weight_decay"}
     rmsprop = own - {"alpha"} | {"lookahead_alpha", "alpha", "eps", "momentum", "centered"}
