@@ -37,7 +37,9 @@ class Small(torch.Tensor):
 
     @property
     def raw(self):
-        return RAW[self.untyped_storage()._cdata]
+        found = RAW[self.untyped_storage()._cdata]
+        # view() as another type of the same size is not told to the device.
+        return found if found.dtype == self.dtype else found.view(self.dtype)
 
 def refuse(dtype):
     if dtype in (torch.float64, torch.complex128):

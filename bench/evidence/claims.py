@@ -81,6 +81,7 @@ class Claim:
     conditions  what is compared with figures; empty only where `untested` says why
     untested    why nothing here can test it, or ""
     must        whether a run that has the figures fails unless the claim holds: exact results
+    short       the sentence in a few words, for README's table; "" where the claim is not in it
     """
 
     id: str
@@ -90,6 +91,7 @@ class Claim:
     conditions: tuple[Condition, ...] = ()
     untested: str = ""
     must: bool = False
+    short: str = ""
 
 
 @dataclass(frozen=True)

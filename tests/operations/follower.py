@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from helpers import DTYPE_NAMES, assert_unchanged, oracle_settings, to_numpy
+from helpers import DTYPE_NAMES, assert_unchanged, oracle_settings, to_numpy, with_whole_master
 from oracle import Exact, Settings, lerp
 from torch import Tensor
 
@@ -219,7 +219,7 @@ def assert_follows(oracle: World, other: World, made: str) -> None:
     assert_unchanged(oracle.seen, [s for s in other.seen if not isinstance(s, str)], "oracle's view")
     for index, (ours, theirs) in enumerate(zip(oracle.params, other.params, strict=True)):
         expected = {"param": ours.detach(), **oracle.state_of(ours)}
-        actual = {"param": theirs.detach(), **other.state_of(theirs)}
+        actual = {"param": theirs.detach(), **with_whole_master(theirs.detach(), other.state_of(theirs))}
         where = f"oracle: parameter {index}"
         if OWN_COUNT in actual and actual[OWN_COUNT].item() == 0:
             # Beside a state that a base made early; not begun, and so nothing yet.
