@@ -415,8 +415,8 @@ class Lion(Fused):
     """Lion (Chen et al. 2023, algorithm 2), which torch has not: c = beta1 m + (1 - beta1) g, theta <- theta -
     lr (sign(c) + weight_decay theta), m <- beta2 m + (1 - beta2) g.
 
-    Its state is `exp_avg`, in the dtype of computation (fp32; fp64 for fp64 parameters), `step` in fp64, and for
-    `master_weights` `master_low` in int16 or `master_param`. The wrappers fuse their steps with it. A NaN in a gradient
+    Its state is `exp_avg`, in the dtype that `state_dtype` says, `step` in fp64, and for `master_weights`
+    `master_low` in int16 or `master_param`. The wrappers fuse their steps with it. A NaN in a gradient
     makes NaN of its weight, as in the paper's code.
 
     Args:

@@ -70,7 +70,7 @@ def test_it_has_no_slow_weights() -> None:
     for name in ("slow_weights", "sync", "eval", "train"):
         assert not hasattr(optimizer, name)
     assert set(optimizer.param_groups[0]) == {
-        *("params", "lr", "betas", "weight_decay", "maximize", "master_weights", "backend")
+        *("params", "lr", "betas", "weight_decay", "maximize", "master_weights", "state_dtype", "backend")
     }
     with pytest.raises(TypeError, match="unexpected keyword argument 'k'"):
         Lion(make_params(SHAPES), k=5)
