@@ -29,8 +29,8 @@ class EMA(Wrapper):
     checkpoint is attached to the base or to this, or when; its other public methods and attributes can be reached here
     too. The settings are kept in the groups as `ema_decay`, `ema_every`, `ema_start`, `ema_warmup`,
     `ema_master_weights`, `ema_state_dtype`, `ema_backend` and `ema_offload_slow`, and may be set there per group; the
-    state beside the base's, as `slow_param` and `average_start`, and over an optimizer that is not fused `ema_step`. The base may be
-    stepped alone again at any time.
+    state beside the base's, as `slow_param` and `average_start`, and over an optimizer that is not fused `ema_step`.
+    The base may be stepped alone again at any time.
 
     Args:
         base_optimizer: The optimizer that makes the inner steps.

@@ -38,10 +38,10 @@ class Lookahead(Wrapper, Interpolating):
     checkpoint is attached to the base or to this, or when; its other public methods and attributes can be reached here
     too. Lookahead's settings are kept in the groups as `lookahead_k`, `lookahead_alpha`, `lookahead_pullback_momentum`,
     `lookahead_outer_momentum`, `lookahead_outer_nesterov`, `lookahead_master_weights`, `lookahead_state_dtype`,
-    `lookahead_backend` and `lookahead_offload_slow`, and may be set there per group; its state beside the base's, as `slow_param`, for pullback
-    `cached_momentum`, for outer momentum `outer_momentum_buffer`, for a master `master_low` or `master_param`, and over
-    an optimizer that is not fused `lookahead_step`. The base may be stepped alone again at any time: it then finds its
-    state in the dtypes that torch keeps it in.
+    `lookahead_backend` and `lookahead_offload_slow`, and may be set there per group; its state beside the base's, as
+    `slow_param`, for pullback `cached_momentum`, for outer momentum `outer_momentum_buffer`, for a master `master_low`
+    or `master_param`, and over an optimizer that is not fused `lookahead_step`. The base may be stepped alone again at
+    any time: it then finds its state in the dtypes that torch keeps it in.
 
     Args:
         base_optimizer: The optimizer that makes the inner steps.
