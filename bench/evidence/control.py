@@ -22,7 +22,7 @@ from bench.evidence.figures import Figure, Picture
 from bench.evidence.records import Records
 from bench.evidence.statistics import paired
 
-TUNED = ("base", "lookahead", "ema", "outer-momentum")
+TUNED = ("base", "lookahead", "ema", "outer-momentum", "gpa", "schedule-free")
 # Tuned it would be the baseline again, on a grid that is shifted by alpha.
 UNTUNED = ("base-small-lr",)
 # What the RL Zoo of stable-baselines3 trains DQN on CartPole with, at Adam's default beta1.

@@ -42,18 +42,13 @@ SMALL_LR, UNTUNED = "base-small-lr", "lookahead-untuned"
 UNITS = {"loss": ("final", "nats", -1), "accuracy": ("accuracy", "points", 1), "psnr": ("psnr", "dB", 1)}
 FIRST_FRESH = 1000  # tuning seeds count from 0
 
+# Of every task; some have further ones.
 ALL = ("base", "lookahead", "outer-momentum", "ema", "gpa", "schedule-free")
-FEW = ("base", "lookahead", "ema")
 COMPARED: Mapping[str, tuple[str, ...]] = {
     "digits-cnn-sgd": (*ALL, "lookahead-pullback", "lookahead-reset"),
     "digits-cnn-adamw": (*ALL, "tail-average"),
     "fashion-cnn-sgd": (*ALL, "lookahead-pullback", "lookahead-reset"),
     "char-gpt": (*ALL, "tail-average"),
-    "masked-bert": (*FEW, "outer-momentum"),
-    "char-gpt-radam": FEW,
-    "char-gpt-rmsprop": FEW,
-    "char-gpt-lion": FEW,
-    "char-gpt-muon": (*FEW, "outer-momentum"),
 }
 
 

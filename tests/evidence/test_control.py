@@ -292,7 +292,7 @@ def test_figures_are_arm_minus_base(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures["dqn.constant.lookahead-base.area"].value == pytest.approx(1.5)
     assert "lookahead: lr 0.008, beta1 0.9; base: lr 0.002" in tuned.note.replace(", at the edge of its grid", "")
     kinds = {name.split(".")[2] for name in figures if ".constant." in name}
-    assert kinds == {"lookahead-base", "ema-base", "outer-momentum-base"}
+    assert kinds == {f"{arm}-base" for arm in control.TUNED[1:]}
     assert "dqn.one-lr.base-small-lr-base.return" in figures
 
 
