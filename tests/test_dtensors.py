@@ -173,7 +173,7 @@ def other_columns(step):
     return distributed(whole_gradient(step), Shard(1))
 
 for name, backend in CASES:
-    # One gradient whose insides are replaced, by those of another or piece by piece, or changed.
+    # One gradient whose insides are replaced by those of another.
     gradient = shard(0)
     made = [shard, shard, on_its_way, shard, partial, shard, whole, other_columns, shard]
 
@@ -185,13 +185,11 @@ for name, backend in CASES:
     if name != "wrapped-adamax":  # torch's own step asks the outer tensor's size
         run(name, backend, distributed(value, Shard(0)), replaced, (name, backend, "replaced"), len(made))
 
-    def changed(step):
-        new = made[step](step)
-        gradient._local_tensor, gradient._spec.placements = new._local_tensor, new._spec.placements
-        return gradient
-
-    gradient = shard(0)
-    run(name, backend, distributed(value, Shard(0)), changed, (name, backend, "changed"), len(made))
+    # Of a replica, where each rank's addend looks like the sum.
+    made = [whole, partial, whole, whole, partial, partial, whole]
+    gradient = whole(0)
+    if name != "wrapped-adamax":
+        run(name, backend, distributed(value, Replicate()), replaced, (name, backend, "replica"), len(made))
 
     # A gradient that has its parameter's own spec, as FSDP2's has: what lies there is taken whatever becomes of that.
     p, q = torch.nn.Parameter(distributed(value, Shard(0))), torch.nn.Parameter(value.clone())
