@@ -21,7 +21,7 @@
 using namespace lookahead_fused;
 
 namespace lookahead_fused {
-const Kernel* find_baseline(const char*, Dtype, Dtype) { return nullptr; }
+const Kernel* find_baseline(const char*, Dtype, Dtype, Dtype) { return nullptr; }
 SquaresOfBlock squares_baseline(Dtype) { return nullptr; }
 }  // namespace lookahead_fused
 
