@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ._offload import hosted, wait_for_hosted
 from ._rows import check_whole
+from ._saved import dtype_in_memory, in_checkpoint
 from ._table import Table
 from ._tensors import count_device, local_tensor
 from ._torch import is_dtensor, is_plain
@@ -148,7 +149,7 @@ class Loading:
                     if name in self.hosted.get(index, ()):
                         # The next step pins it.
                         device = torch.device("cpu")
-                    own[name] = value.detach().to(device, copy=True)
+                    own[name] = value.detach().to(device, dtype_in_memory(name, value.dtype), copy=True)
                 elif isinstance(value, Tensor) and own.get(name) is value:
                     # A class that another optimizer keeps its state in need not know how to copy itself.
                     if is_plain(value) or is_dtensor(value):
@@ -157,6 +158,18 @@ class Loading:
                     # torch's loading takes it for a sequence, and makes the repr of a generator of it.
                     own[name] = value
         return train_params
+
+
+def saved(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """A state dict as a checkpoint has it; what differs from what lies in memory is in `_saved.py`."""
+    # What is saved while somebody evaluates outlives that.
+    with torch.inference_mode(False), torch.no_grad():
+        state = {
+            index: in_checkpoint(param, entries, f"parameter {index!r}")
+            for index, param in given_by_index(state_dict, groups, strict=False)
+            if isinstance(entries := state_dict["state"].get(index), dict)
+        }
+    return {**state_dict, "state": {**state_dict["state"], **state}}
 
 
 def given_by_index(

@@ -13,8 +13,10 @@ import pytest
 import torch
 from helpers import BackendCase, assert_unchanged, make_params, same_tensor_bits, snapshot
 from oracle import round_bfloat16
-from processes import needs_gloo, on_ranks
+from processes import needs_gloo, on_ranks, two_ranks
+from releases import needs_torch
 from runs import advance, assert_same_run, through_a_file
+from test_distributed import TWO
 from test_masters import BF16, FP16, SHAPES, masters_of
 from test_pairs import POLICIES, RULES
 from torch import Tensor
@@ -226,3 +228,174 @@ def test_it_is_saved_by_shards_and_loaded_onto_other_ranks(tmp_path: Path) -> No
         place = tmp_path / str(size)
         place.mkdir()
         on_ranks(size, f"SAVES, PLACE = {saves}, {str(tmp_path / 'saved')!r}\n" + SHARDED, place)
+
+
+GATHERED = (
+    TWO
+    + """
+import torch.distributed.checkpoint as files
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from lookahead_fused import EMA, GPA, Lion
+
+MASTERS = {
+    "adamw": lambda ps: LookaheadAdamW(ps, lr=0.1, k=5, master_weights=True),
+    "wrapped": lambda ps: Lookahead(torch.optim.SGD(ps, lr=0.1, momentum=0.9), k=5, master_weights=True),
+    "ema": lambda ps: EMA(torch.optim.AdamW(ps, lr=0.1), 0.7, every=2, master_weights=True),
+    "gpa": lambda ps: GPA(torch.optim.AdamW(ps, lr=0.1), master_weights=True),
+    "lion": lambda ps: Lion(ps, lr=0.01, master_weights=True),
+}
+WHOLE, FLAT = {"full_state_dict": True}, {"flatten_optimizer_state_dict": True}
+HOST, SENT = {"cpu_offload": True}, {"broadcast_from_rank0": True}
+# How it is got, and how it is set; torch sets none that is both flat and whole.
+FORMS = {
+    "shards": ({}, {}),
+    "shards on the host": (HOST, {}),
+    "whole": (WHOLE, WHOLE),
+    "whole on rank 0": ({**WHOLE, **HOST}, {**WHOLE, **SENT}),
+    "flat": (FLAT, FLAT),
+    "flat and whole": ({**FLAT, **WHOLE, **HOST}, None),
+}
+mesh = init_device_mesh("cpu", (size,))
+
+def sharded(seed=0):
+    model = make_model("bf16", seed)
+    for layer in model[::2]:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+def got(model, optimizer, how):
+    return copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer, options=dcp.StateDictOptions(**how)))
+
+def entries(saved):
+    # Of the state alone, by path.
+    return {path: t for path, t in dcp._flatten_state_dict(saved)[0].items() if isinstance(t, torch.Tensor)}
+
+def trained(make):
+    model, plain = sharded(), make_model("bf16")
+    optimizer, twin = make(model.parameters()), make(plain.parameters())
+    for m, o in ((model, optimizer), (plain, twin)):
+        train(m, o, range(7))
+    return model, optimizer, plain, twin
+"""
+)
+
+IN_EVERY_FORM = """
+for name, make in MASTERS.items():
+    model, optimizer, plain, twin = trained(make)
+    end, ended = copy.deepcopy((plain, twin.state_dict()))
+    last = make(end.parameters())
+    last.load_state_dict(ended)
+    train(end, last, range(7, 12))
+    for form, (how, then) in FORMS.items():
+        what = f"{name}, {form}"
+        saved = got(model, optimizer, how)
+        lows = [t for path, t in entries(saved).items() if path.endswith("master_low")]
+        on_every_rank = how.get("cpu_offload") is None or "full_state_dict" not in how
+        assert len(lows) == (len(list(model.parameters())) if on_every_rank or rank == 0 else 0), what
+        assert all(low.dtype == torch.int32 and isinstance(low, DTensor) != ("whole" in form) for low in lows), what
+        # Of the base of a wrapper, and of a copy.
+        for one in (getattr(optimizer, "base_optimizer", optimizer), copy.deepcopy(optimizer)):
+            others = [own["master_low"] for own in one.state_dict()["state"].values()]
+            assert [low.dtype for low in others] == [torch.int32] * len(list(model.parameters())), what
+        if name != "lion":
+            with optimizer.slow_weights():
+                inside = entries(got(model, optimizer, how))
+            for path, t in entries(saved).items():
+                same([t], [inside[path]], f"{what}, {path} in a block")
+        if then is None:
+            continue
+        resumed_model = sharded(seed=1)
+        with torch.no_grad():
+            for p, q in zip(resumed_model.parameters(), model.parameters(), strict=True):
+                p.copy_(q)
+        resumed = make(resumed_model.parameters())
+        dcp.set_optimizer_state_dict(resumed_model, resumed, saved, options=dcp.StateDictOptions(**then))
+        same_state(resumed, optimizer, f"{what}, loaded")
+        train(resumed_model, resumed, range(7, 12))
+        same(resumed_model.parameters(), end.parameters(), what)
+        same_state(resumed, last, what)
+    # Nothing that was saved meanwhile is left, or was changed.
+    counts = []
+    for times in (1, 5):
+        for _ in range(times):
+            optimizer.state_dict()
+        gc.collect()
+        counts.append(sum(isinstance(thing, DTensorSpec) for thing in gc.get_objects()))
+    assert counts[0] == counts[1], (name, counts)
+    train(model, optimizer, range(7, 12))
+    same(model.parameters(), end.parameters(), f"{name}, gone on")
+    same_state(optimizer, last, f"{name}, gone on")
+"""
+
+BY_FILES = """
+# Of its own for what is written beside the training.
+writers = dist.new_group(backend="gloo")
+for name, make in MASTERS.items():
+    model, optimizer, plain, twin = trained(make)
+    at = {kind: os.path.join(place, f"{name}-{kind}") for kind in ("plain", "later")}
+    sent = got(plain, twin, {})
+    files.save({"optimizer": sent}, checkpoint_id=at["plain"])
+    # What is saved beside the training is of when it was asked for.
+    live = {"optimizer": dcp.get_optimizer_state_dict(model, optimizer)}
+    writing = files.async_save(live, checkpoint_id=at["later"], process_group=writers)
+    kept = copy.deepcopy(dcp.get_model_state_dict(model))
+    train(model, optimizer, range(7, 12))
+    writing.result()
+    train(plain, twin, range(7, 12))
+    for kind in ("plain", "later"):
+        resumed_model = sharded(seed=1)
+        dcp.set_model_state_dict(resumed_model, copy.deepcopy(kept))
+        resumed = make(resumed_model.parameters())
+        template = {"optimizer": dcp.get_optimizer_state_dict(resumed_model, resumed)}
+        files.load(template, checkpoint_id=at[kind])
+        dcp.set_optimizer_state_dict(resumed_model, resumed, template["optimizer"])
+        train(resumed_model, resumed, range(7, 12))
+        same(resumed_model.parameters(), plain.parameters(), f"{name}, {kind}")
+        same_state(resumed, twin, f"{name}, {kind}")
+    # From one process by way of rank 0, widened by hand.
+    resumed_model = sharded(seed=1)
+    dcp.set_model_state_dict(resumed_model, copy.deepcopy(kept))
+    resumed = make(resumed_model.parameters())
+    for own in sent["state"].values():
+        assert own["master_low"].dtype == torch.int16, name
+        own["master_low"] = own["master_low"].to(torch.int32)
+    options = dcp.StateDictOptions(**WHOLE, **SENT)
+    dcp.set_optimizer_state_dict(resumed_model, resumed, sent if rank == 0 else {}, options=options)
+    train(resumed_model, resumed, range(7, 12))
+    same(resumed_model.parameters(), plain.parameters(), f"{name}, sent")
+    same_state(resumed, twin, f"{name}, sent")
+    # And from shards into plain parameters.
+    loose = make_model("bf16", seed=1)
+    with torch.no_grad():
+        for p, q in zip(loose.parameters(), kept.values(), strict=True):
+            p.copy_(q.full_tensor())
+    loaded = make(loose.parameters())
+    template = {"optimizer": dcp.get_optimizer_state_dict(loose, loaded)}
+    files.load(template, checkpoint_id=at["later"])
+    dcp.set_optimizer_state_dict(loose, loaded, template["optimizer"])
+    train(loose, loaded, range(7, 12))
+    same(loose.parameters(), plain.parameters(), f"{name}, into plain parameters")
+    same_state(loaded, twin, f"{name}, into plain parameters")
+    # Nothing is read where no memory is.
+    own = next(iter(optimizer.state.values()))
+    own["master_low"].to_local().untyped_storage().resize_(0)
+    try:
+        optimizer.state_dict()
+    except ValueError as error:
+        assert "state 'master_low' of parameter 0 must have its memory" in str(error), error
+    else:
+        raise AssertionError(f"{name}: memory that is gone was read")
+"""
+
+
+@needs_gloo
+@needs_torch("2.9", "FSDP2 on a CPU")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("script", ["IN_EVERY_FORM", "BY_FILES"])
+def test_of_shards_in_a_form_that_ranks_can_send(script: str, tmp_path: Path) -> None:
+    """Whole on one rank or on all, flat, broadcast, gathered inside a block, written beside the training; every run
+    that loads one goes on with the same bits, amid a window. Two ranks, of which one has nothing of the last layer."""
+    two_ranks(GATHERED + globals()[script], tmp_path)

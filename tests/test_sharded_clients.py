@@ -250,8 +250,11 @@ OPTIONS = {{
 }}
 mesh = init_device_mesh("cpu", (size,))
 
-def sharded(seed=0):
-    model = make_model("fp32", seed)
+# In bf16 here, and so of its own among those of BESIDE.
+CLASSES["bf16-master"] = lambda ps: LookaheadAdamW(ps, lr=0.1, k=5, master_weights=True)
+
+def sharded(name, seed=0):
+    model = make_model(name, seed)
     for layer in model[::2]:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -262,6 +265,14 @@ def both(model, optimizer, options):
         "optimizer": dcp.get_optimizer_state_dict(model, optimizer, options=options),
     }}
 
+def together(model, optimizer, plain, twin, steps):
+    for step in steps:
+        optimizer.zero_grad()
+        model(batch(model, step)).square().sum().backward()
+        gather_gradients(model.parameters(), plain.parameters())
+        optimizer.step()
+        twin.step()
+
 def put(model, optimizer, state, options):
     dcp.set_model_state_dict(model, state["model"], options=options)
     dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
@@ -269,7 +280,7 @@ def put(model, optimizer, state, options):
 
 SAVE = """
 for name, make in CLASSES.items():
-    model = sharded()
+    model = sharded(name)
     optimizer = make(model.parameters())
     train(model, optimizer, range(CUT))
     for kind, options in OPTIONS.items():
@@ -289,7 +300,7 @@ for name, make in CLASSES.items():
 LOAD = """
 for name, make in CLASSES.items():
     for kind, options in OPTIONS.items():
-        model, plain = sharded(seed=1), make_model("fp32")
+        model, plain = sharded(name, seed=1), make_model(name)
         optimizer, twin = make(model.parameters()), make(plain.parameters())
         at = os.path.join(os.path.dirname(place), "saved", f"{name}-{kind}")
         train(plain, twin, range(CUT))
@@ -302,12 +313,7 @@ for name, make in CLASSES.items():
         put(model, optimizer, state, options)
         same(model.parameters(), plain.parameters(), f"{name}, {kind}, loaded")
         same_state(optimizer, twin, f"{name}, {kind}, loaded")
-        for step in range(CUT, END):
-            optimizer.zero_grad()
-            model(batch(model, step)).square().sum().backward()
-            gather_gradients(model.parameters(), plain.parameters())
-            optimizer.step()
-            twin.step()
+        together(model, optimizer, plain, twin, range(CUT, END))
         same(model.parameters(), plain.parameters(), f"{name}, {kind}")
         same_state(optimizer, twin, f"{name}, {kind}")
         evaluated_alike(optimizer, twin, list(model.parameters()), list(plain.parameters()), f"{name}, {kind}")
