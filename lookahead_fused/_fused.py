@@ -171,7 +171,7 @@ class Fused(Hooked):
 
         Raises:
             RuntimeError: Inside `slow_weights()`.
-            ValueError: The checkpoint's groups are not this optimizer's.
+            ValueError: The checkpoint's groups are not this optimizer's, or its shards of DTensors are of other ranks.
         """
         with self._lock:
             self._refuse_inside_slow_weights("load_state_dict()", unless_evaluating=True)
