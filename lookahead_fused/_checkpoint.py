@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from ._offload import hosted, wait_for_hosted
 from ._rows import check_whole
+from ._saved import dtype_in_memory, in_checkpoint
 from ._table import Table
 from ._tensors import count_device, local_tensor
-from ._torch import is_dtensor, is_plain
+from ._torch import is_dtensor, is_plain, shard
 
 # torch's switches, which here change nothing and which a torch class would read back as its own.
 TORCH_SWITCHES = ("foreach", "fused", "capturable", "differentiable")
@@ -94,10 +95,11 @@ class Loading:
         where slow weights that are offloaded may not have room. None: the same."""
         groups = self.optimizer.param_groups
         _check_form(state_dict)
-        for index, _ in given_by_index(state_dict, groups, strict=False):
+        for index, param in given_by_index(state_dict, groups, strict=False):
             entries = state_dict["state"].get(index)
             if isinstance(entries, Mapping):
                 check_whole(entries, self.rule, f"parameter {index!r}")
+                _check_shards(entries, param, f"parameter {index!r}")
         _check_train_params(state_dict, groups, self.policy.slow)
         self.loaded = dict(state_dict)
         for given, group in zip(state_dict["param_groups"], groups, strict=False):
@@ -148,7 +150,7 @@ class Loading:
                     if name in self.hosted.get(index, ()):
                         # The next step pins it.
                         device = torch.device("cpu")
-                    own[name] = value.detach().to(device, copy=True)
+                    own[name] = value.detach().to(device, dtype_in_memory(name, value.dtype), copy=True)
                 elif isinstance(value, Tensor) and own.get(name) is value:
                     # A class that another optimizer keeps its state in need not know how to copy itself.
                     if is_plain(value) or is_dtensor(value):
@@ -157,6 +159,18 @@ class Loading:
                     # torch's loading takes it for a sequence, and makes the repr of a generator of it.
                     own[name] = value
         return train_params
+
+
+def saved(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """A state dict as a checkpoint has it; what differs from what lies in memory is in `_saved.py`."""
+    # What is saved while somebody evaluates outlives that.
+    with torch.inference_mode(False), torch.no_grad():
+        state = {
+            index: in_checkpoint(param, entries, f"parameter {index!r}")
+            for index, param in given_by_index(state_dict, groups, strict=False)
+            if isinstance(entries := state_dict["state"].get(index), dict)
+        }
+    return {**state_dict, "state": {**state_dict["state"], **state}}
 
 
 def given_by_index(
@@ -179,6 +193,24 @@ def _check_form(state_dict: Mapping[str, Any]) -> None:
     for index, group in enumerate(state_dict["param_groups"]):
         if not isinstance(group, Mapping) or "params" not in group:
             raise ValueError(f"param_groups[{index}] of a state_dict must be a dict with 'params', got {group!r}")
+
+
+def _check_shards(entries: Mapping[str, Any], param: Tensor, name: str) -> None:
+    """Raises ValueError for shards of another rank or of another number of ranks, as files have them that each rank
+    wrote for itself: they may have the right shape by chance."""
+    if not is_dtensor(param):
+        return
+    for key, value in entries.items():
+        if isinstance(value, Tensor) and is_dtensor(value) and shard(value) != shard(param):
+            raise ValueError(
+                f"state {key!r} of {name} must be placed as the parameter is, {_told(param)}, got {_told(value)}: "
+                "torch.distributed.checkpoint loads what other ranks have saved"
+            )
+
+
+def _told(tensor: Tensor) -> str:
+    placements, ranks, coordinate, shape = shard(tensor)
+    return f"{placements} of {tuple(shape)} at {coordinate} of {ranks} ranks"
 
 
 def _check_train_params(state_dict: Mapping[str, Any], groups: list[dict[str, Any]], slow: str) -> None:

@@ -54,6 +54,7 @@ class BaseDoor:
         base.register_load_state_dict_pre_hook(self._before_load)
         base.register_load_state_dict_post_hook(self._after_load, prepend=True)
         if wrapper._is_fused:
+            base.register_state_dict_post_hook(self._after_save, prepend=True)
             base.register_step_pre_hook(self._before_step)
             self.step_hooks = 1
 
@@ -68,6 +69,9 @@ class BaseDoor:
         wrapper = self._wrapper()
         if wrapper is not None:
             wait_for_hosted(wrapper._table.policy, base.param_groups)
+
+    def _after_save(self, base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return checkpoint.saved(state_dict, base.param_groups)
 
     def _before_load(self, base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         wrapper = self._wrapper()

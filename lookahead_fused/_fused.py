@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import _checkpoint as checkpoint
@@ -82,6 +83,10 @@ def documented(cls: _Class) -> _Class:
     return documents_offload(documents_norm(documents_state_dtype(cls)))
 
 
+def _after_save(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    return checkpoint.saved(state_dict, optimizer.param_groups)
+
+
 class Fused(Hooked):
     """What the classes share: the table, the step and the checkpoints. A subclass names its rule and its policy."""
 
@@ -109,6 +114,12 @@ class Fused(Hooked):
         super().add_param_group(param_group)
         for switch in checkpoint.TORCH_SWITCHES:
             self.param_groups[-1].pop(switch, None)
+
+    def _patch_step_function(self) -> None:
+        # Called where hooks can be registered: in a constructor, in unpickling, and in loading once more.
+        super()._patch_step_function()
+        if _after_save not in self._optimizer_state_dict_post_hooks.values():
+            self.register_state_dict_post_hook(_after_save, prepend=True)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Advances every parameter that has a gradient by one step; with Lookahead, and syncs those whose turn it is.
@@ -160,7 +171,7 @@ class Fused(Hooked):
 
         Raises:
             RuntimeError: Inside `slow_weights()`.
-            ValueError: The checkpoint's groups are not this optimizer's.
+            ValueError: The checkpoint's groups are not this optimizer's, or its shards of DTensors are of other ranks.
         """
         with self._lock:
             self._refuse_inside_slow_weights("load_state_dict()", unless_evaluating=True)

@@ -114,6 +114,14 @@ def is_dtensor(tensor: Tensor) -> bool:
     return isinstance(getattr(tensor, "_local_tensor", None), Tensor)
 
 
+def shard(dtensor: Tensor) -> tuple[Any, ...]:
+    """Which part of what a DTensor holds: its placements, how many ranks its mesh has and where this one is among them
+    (or the one where it was pickled), and the shape of the whole."""
+    placed = cast(Any, dtensor)
+    mesh = placed.device_mesh
+    return tuple(placed.placements), tuple(mesh.shape), tuple(mesh.get_coordinate() or ()), tuple(placed.shape)
+
+
 def dtensor_like(owner: Tensor, local: Tensor) -> Tensor:
     """A DTensor placed as another one is, around a local part of its own.
 

@@ -102,11 +102,11 @@ VALUES = [0.5, 0.25, 0.75, 0.125]
 
 @pytest.mark.parametrize("rule", TORCH_CLASSES)
 def test_replays_of_a_captured_step(rule: str, runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written into the tensor between two replays counts in the second."""
+    """What is written into the tensor between two replays counts in the second, as a number would in a step."""
     results = []
     for captured in (False, True):
         params = make_params(SHAPES)
-        decay = torch.tensor(DECAYS[0])
+        decay = torch.tensor(DECAYS[0]) if captured else DECAYS[0]
         optimizer = LOOKAHEAD_CLASSES[rule](params, weight_decay=decay, k=2, backend=HOST.name)
         advance(optimizer, params, [0])
         capture = Capture(runtime, monkeypatch)
@@ -115,7 +115,7 @@ def test_replays_of_a_captured_step(rule: str, runtime: ctypes.CDLL, monkeypatch
                 optimizer.step()
             monkeypatch.undo()
         for value in DECAYS[1:]:
-            decay.fill_(value)
+            set_decay(optimizer, value)
             capture.replay() if captured else optimizer.step()
         results.append([value for p in params for value in (p, *optimizer.state[p].values())])
     for eager, replayed in zip(*results, strict=True):
@@ -126,6 +126,7 @@ def test_replays_of_a_captured_step(rule: str, runtime: ctypes.CDLL, monkeypatch
 def test_replays_read_every_number_that_is_a_tensor(
     name: str, runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As the same numbers given as such in steps."""
     make, keys = {
         "GPA": (GPA, {"train_interp": "gpa_train_interp", "eval_interp": "gpa_eval_interp"}),
         "EMA": (EMA, {"decay": "ema_decay"}),
@@ -133,9 +134,10 @@ def test_replays_read_every_number_that_is_a_tensor(
     results = []
     for captured in (False, True):
         params = make_params(SHAPES)
-        live = {key: torch.tensor(VALUES[0]) for key in ("lr", "weight_decay", *keys)}
-        base = torch.optim.SGD(params, lr=live["lr"], weight_decay=live["weight_decay"])
-        optimizer = make(base, **{key: live[key] for key in keys}, backend=HOST.name)
+        names = ("lr", "weight_decay", *keys)
+        given: dict[str, Any] = {one: torch.tensor(VALUES[0]) if captured else VALUES[0] for one in names}
+        base = torch.optim.SGD(params, lr=given["lr"], weight_decay=given["weight_decay"])
+        optimizer = make(base, **{key: given[key] for key in keys}, backend=HOST.name)
         advance(optimizer, params, [0])
         capture = Capture(runtime, monkeypatch)
         if captured:
@@ -143,8 +145,12 @@ def test_replays_read_every_number_that_is_a_tensor(
                 optimizer.step()
             monkeypatch.undo()
         for step in range(1, len(VALUES)):
-            for place, number in enumerate(live.values()):
-                number.fill_(VALUES[(step + place) % len(VALUES)])
+            for place, (one, number) in enumerate(given.items()):
+                value = VALUES[(step + place) % len(VALUES)]
+                if captured:
+                    number.fill_(value)
+                else:
+                    optimizer.param_groups[0][keys.get(one, one)] = value
             capture.replay() if captured else optimizer.step()
         results.append([value for p in params for value in (p, *optimizer.state[p].values())])
     for eager, replayed in zip(*results, strict=True):

@@ -250,8 +250,11 @@ OPTIONS = {{
 }}
 mesh = init_device_mesh("cpu", (size,))
 
-def sharded(seed=0):
-    model = make_model("fp32", seed)
+# In bf16 here, and so of its own among those of BESIDE.
+CLASSES["bf16-master"] = lambda ps: LookaheadAdamW(ps, lr=0.1, k=5, master_weights=True)
+
+def sharded(name, seed=0):
+    model = make_model(name, seed)
     for layer in model[::2]:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -262,6 +265,14 @@ def both(model, optimizer, options):
         "optimizer": dcp.get_optimizer_state_dict(model, optimizer, options=options),
     }}
 
+def together(model, optimizer, plain, twin, steps):
+    for step in steps:
+        optimizer.zero_grad()
+        model(batch(model, step)).square().sum().backward()
+        gather_gradients(model.parameters(), plain.parameters())
+        optimizer.step()
+        twin.step()
+
 def put(model, optimizer, state, options):
     dcp.set_model_state_dict(model, state["model"], options=options)
     dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
@@ -269,7 +280,7 @@ def put(model, optimizer, state, options):
 
 SAVE = """
 for name, make in CLASSES.items():
-    model = sharded()
+    model = sharded(name)
     optimizer = make(model.parameters())
     train(model, optimizer, range(CUT))
     for kind, options in OPTIONS.items():
@@ -289,7 +300,7 @@ for name, make in CLASSES.items():
 LOAD = """
 for name, make in CLASSES.items():
     for kind, options in OPTIONS.items():
-        model, plain = sharded(seed=1), make_model("fp32")
+        model, plain = sharded(name, seed=1), make_model(name)
         optimizer, twin = make(model.parameters()), make(plain.parameters())
         at = os.path.join(os.path.dirname(place), "saved", f"{name}-{kind}")
         train(plain, twin, range(CUT))
@@ -302,12 +313,7 @@ for name, make in CLASSES.items():
         put(model, optimizer, state, options)
         same(model.parameters(), plain.parameters(), f"{name}, {kind}, loaded")
         same_state(optimizer, twin, f"{name}, {kind}, loaded")
-        for step in range(CUT, END):
-            optimizer.zero_grad()
-            model(batch(model, step)).square().sum().backward()
-            gather_gradients(model.parameters(), plain.parameters())
-            optimizer.step()
-            twin.step()
+        together(model, optimizer, plain, twin, range(CUT, END))
         same(model.parameters(), plain.parameters(), f"{name}, {kind}")
         same_state(optimizer, twin, f"{name}, {kind}")
         evaluated_alike(optimizer, twin, list(model.parameters()), list(plain.parameters()), f"{name}, {kind}")
@@ -323,6 +329,85 @@ def test_another_number_of_ranks(tmp_path: Path) -> None:
         place = tmp_path / ("saved" if script is SAVE else f"of{size}")
         place.mkdir()
         on_ranks(size, BESIDE + SHARDED + script, place)
+
+
+# Files that each rank wrote for itself. Of 5 rows the second of two ranks has as many as the second of three, of 3 too,
+# and of one as many as any but the first: by their shapes alone it could not tell that they are others.
+OWN_FILES = """
+import warnings
+warnings.filterwarnings("ignore")
+
+def own_file(name, of):
+    return os.path.join(os.path.dirname(place), f"{name}-{of}")
+
+def assert_refused(optimizer, params, saved, what):
+    def told():
+        state = (v for own in optimizer.state.values() for v in own.values())
+        return [(t.to_local() if isinstance(t, DTensor) else t).detach().clone() for t in (*params, *state)]
+    before = told()
+    for door in (optimizer, getattr(optimizer, "base_optimizer", optimizer)):
+        try:
+            door.load_state_dict(saved)
+        except ValueError as error:
+            message = str(error)
+        else:
+            raise AssertionError(f"{what}: loaded on rank {rank} of {size}")
+        assert "must be placed as the parameter is" in message, message
+        assert f"at ({rank},) of ({size},) ranks, got" in message, message
+        assert "torch.distributed.checkpoint loads" in message, message
+        for x, y in zip(before, told(), strict=True):
+            assert torch.equal(x, y), what
+"""
+
+OWN_SAVE = """
+for name, make in CLASSES.items():
+    model, plain = sharded(name), make_model(name)
+    optimizer, twin = make(model.parameters()), make(plain.parameters())
+    for m, o in ((model, optimizer), (plain, twin)):
+        train(m, o, range(CUT))
+    torch.save(optimizer.state_dict(), own_file(name, rank))
+    dist.barrier()
+    # On its own rank a file resumes; on another it is refused.
+    again = sharded(name, seed=1)
+    with torch.no_grad():
+        for p, q in zip(again.parameters(), model.parameters(), strict=True):
+            p.copy_(q)
+    resumed = make(again.parameters())
+    resumed.load_state_dict(torch.load(own_file(name, rank), weights_only=False))
+    for m, o in ((again, resumed), (plain, twin)):
+        train(m, o, range(CUT, END))
+    same(again.parameters(), plain.parameters(), name)
+    same_state(resumed, twin, name)
+    other = torch.load(own_file(name, 1 - rank), weights_only=False)
+    assert_refused(resumed, list(again.parameters()), other, name)
+"""
+
+OWN_LOAD = """
+for name, make in CLASSES.items():
+    model, plain = sharded(name), make_model(name)
+    optimizer, twin = make(model.parameters()), make(plain.parameters())
+    together(model, optimizer, plain, twin, range(1))
+    for of in range(2):
+        saved = torch.load(own_file(name, of), weights_only=False)
+        assert_refused(optimizer, list(model.parameters()), saved, f"{name}, from rank {of}")
+        fresh = sharded(name)
+        assert_refused(make(fresh.parameters()), list(fresh.parameters()), saved, f"{name}, from rank {of}, no state")
+    # Nothing of it is left.
+    together(model, optimizer, plain, twin, range(1, 7))
+    same(model.parameters(), plain.parameters(), name)
+    same_state(optimizer, twin, name)
+"""
+
+
+@needs_gloo
+@needs_torch("2.9", "FSDP2 on a CPU")
+@pytest.mark.filterwarnings("ignore")
+def test_files_of_another_number_of_ranks_are_refused(tmp_path: Path) -> None:
+    """What `torch.save` wrote on each of two ranks, on three and on one: before anything changed, and by every rank."""
+    for size, script in ((2, OWN_SAVE), (3, OWN_LOAD), (1, OWN_LOAD)):
+        place = tmp_path / str(size)
+        place.mkdir()
+        on_ranks(size, BESIDE + SHARDED + OWN_FILES + script, place)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -133,11 +133,14 @@ class Training:
         del self.optimizer.step
         return recorded
 
+    def kept(self) -> list[Tensor]:
+        """The weights and their state, where they lie."""
+        return [*self.model.parameters(), *(value for own in self.optimizer.state.values() for value in own.values())]
+
     def told(self) -> list[Tensor]:
         """All that an iteration changes, and what it tells."""
         return [
-            *self.model.parameters(),
-            *(value for own in self.optimizer.state.values() for value in own.values()),
+            *self.kept(),
             *(p.grad for p in self.model.parameters() if p.grad is not None),
             *(torch.tensor(value) for value in self.scaler.state_dict().values()),
             self.optimizer.grad_norm,
@@ -189,7 +192,8 @@ FROZEN: dict[str, Callable[[Any], None]] = {
 
 @pytest.mark.parametrize("what", FROZEN)
 def test_a_graph_freezes_what_is_no_tensor(what: str, runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A number or a name in a group counts in replays as it was at the capture; and in a step beside them as it is."""
+    """A number or a name in a group counts in replays as it was at the capture, also after a step beside them, in which
+    it counts as it is."""
     results = []
     for changes in (False, True):
         training = Training("LookaheadAdamW", clips="not", set_to_none=True, live=False)
@@ -202,13 +206,21 @@ def test_a_graph_freezes_what_is_no_tensor(what: str, runtime: ctypes.CDLL, monk
             training.set(iteration)
             recorded.replay()
         results.append([t.clone() for t in training.told()])
+        kept = [t.detach().clone() for t in training.kept()]
         # An iteration without a sync, where k is 2, and one with.
         for _ in range(2):
             training.iterate()
-        results.append(training.told())
-    unchanged, after, frozen, changed = results
+        results.append([t.clone() for t in training.told()])
+        with torch.no_grad():
+            for t, value in zip(training.kept(), kept, strict=True):
+                t.copy_(value)
+        for _ in range(2):
+            recorded.replay()
+        results.append(training.kept())
+    unchanged, after, again, frozen, changed, frozen_again = results
     assert same(unchanged, frozen)
     assert not same(after, changed)
+    assert same(again, frozen_again)
 
 
 def test_a_graph_freezes_which_parameters_have_gradients(runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,10 +232,18 @@ def test_a_graph_freezes_which_parameters_have_gradients(runtime: ctypes.CDLL, m
     last.requires_grad_(False)
     last.grad = None
     recorded = training.captured(runtime, monkeypatch)
-    steps = [training.optimizer.state[p]["step"].item() for p in (first, last)]
+
+    def counts() -> list[float]:
+        return [training.optimizer.state[p]["step"].item() for p in (first, last)]
+
+    steps = counts()
     first.grad, last.grad = None, torch.ones_like(last)
-    before = first.detach().clone(), last.detach().clone()
-    recorded.replay()
-    assert [training.optimizer.state[p]["step"].item() for p in (first, last)] == [steps[0] + 1, steps[1]]
-    assert not torch.equal(first, before[0])
-    assert torch.equal(last, before[1])
+    for replay in range(2):
+        before = first.detach().clone(), last.detach().clone()
+        recorded.replay()
+        assert counts() == [steps[0] + replay + 1, steps[1] + replay]
+        assert not torch.equal(first, before[0])
+        assert torch.equal(last, before[1])
+        # A step beside it is of those that have gradients now, and tells no replay of them.
+        training.optimizer.step()
+        assert counts() == [steps[0] + replay + 1, steps[1] + replay + 1]
