@@ -7,90 +7,29 @@ import io
 import math
 import pickle
 import re
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    EXTERNAL_CLASSES,
-    LOOKAHEAD_CLASSES,
-    BackendCase,
-    make_grads,
-    make_params,
-    same_tensor_bits,
-    seeded,
-    set_grad,
-    tune,
+from helpers import EXTERNAL_CLASSES, BackendCase, make_params, same_tensor_bits, seeded, tune
+from narrow import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    MOMENTS,
+    OPTIMIZERS,
+    REFERENCE,
+    SHAPES,
+    assert_same,
+    made,
+    of_class,
+    run,
 )
-from torch import Tensor
 
 import lookahead_fused
 from lookahead_fused import EMA, GPA, Lion, Lookahead, ScheduleFree
 from lookahead_fused._parts import CHUNK_ELEMENTS
-
-BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-REFERENCE = BackendCase("reference", "cpu", 0.0)
-SHAPES = ((7,), (3, 5), (), (260,), (0,), (2, 3, 4, 5))
-Make = Callable[[Any, str], torch.optim.Optimizer]
-
-
-def of_class(rule: str, **hyper: Any) -> Make:
-    hyper = {"lr": 0.05, "k": 3, **hyper}
-    return lambda params, backend: LOOKAHEAD_CLASSES[rule](params, **hyper, state_dtype="bfloat16", backend=backend)
-
-
-def around(wrapper: Any, base: Any, of_base: dict[str, Any], **settings: Any) -> Make:
-    settings = {"state_dtype": "bfloat16", **settings}
-    return lambda params, backend: wrapper(base(params, **of_base), **settings, backend=backend)
-
-
-ADAMW, SGD = {"lr": 0.05, "weight_decay": 0.1}, {"lr": 0.05, "momentum": 0.9}
-OPTIMIZERS: dict[str, Make] = {
-    "adamw": of_class("adamw", weight_decay=0.1, outer_momentum=0.5),
-    "adam amsgrad pullback": of_class("adam", amsgrad=True, pullback_momentum="pullback", alpha=0.3),
-    "sgd reset": of_class("sgd", momentum=0.9, nesterov=True, pullback_momentum="reset"),
-    "sgd without state": of_class("sgd"),
-    "rmsprop pullback": of_class("rmsprop", momentum=0.9, pullback_momentum="pullback"),
-    "radam": of_class("radam", betas=(0.9, 0.8)),
-    "lion pullback": of_class("lion", pullback_momentum="pullback", weight_decay=0.1),
-    "lion alone": lambda params, backend: Lion(params, lr=0.05, state_dtype="bfloat16", backend=backend),
-    "lookahead": around(Lookahead, torch.optim.AdamW, ADAMW, k=2, pullback_momentum="pullback"),
-    "ema": around(EMA, torch.optim.SGD, SGD, decay=0.9),
-    "ema of rmsprop": around(EMA, torch.optim.RMSprop, {"lr": 0.05, "momentum": 0.9}, decay="uniform", every=2),
-    "gpa": around(GPA, torch.optim.AdamW, ADAMW | {"amsgrad": True}, master_weights=True),
-    "gpa of rmsprop": around(GPA, torch.optim.RMSprop, {"lr": 0.05, "momentum": 0.9}, master_weights=True),
-    "schedule free": around(ScheduleFree, torch.optim.RAdam, {"lr": 0.05}, master_weights=True),
-}
-MASTERS = [name for name in OPTIMIZERS if name.startswith(("gpa", "schedule"))]
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "cached_momentum")
-
-
-def run(
-    optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: range, grad_dtype: torch.dtype | None = None
-) -> None:
-    for t in steps:
-        for p, g in zip(params, make_grads(params, generator=seeded(t), dtype=grad_dtype), strict=True):
-            set_grad(p, g)
-        optimizer.step()
-
-
-def assert_same(
-    optimizer: torch.optim.Optimizer, params: Sequence[Tensor], other: torch.optim.Optimizer, others: Sequence[Tensor]
-) -> None:
-    for i, (p, q) in enumerate(zip(params, others, strict=True)):
-        own, its = optimizer.state[p], other.state[q]
-        assert own.keys() == its.keys()
-        for name, a, b in (("param", p, q), *((n, own[n], its[n]) for n in own)):
-            assert same_tensor_bits(a, b), f"{name} of parameter {i}"
-
-
-def made(make: Make, backend: BackendCase, dtype: torch.dtype = FP32) -> tuple[torch.optim.Optimizer, list[Any]]:
-    params = make_params(SHAPES, dtype, device=backend.device)
-    # In an order of its own, by which its elements are counted.
-    params[-1].data = params[-1].data.contiguous(memory_format=torch.channels_last)
-    return make(params, backend.name), params
-
 
 # ------------------------------------------------------------------------------------------------------------
 # what is computed
@@ -308,9 +247,9 @@ def test_a_base_that_is_stepped_alone_finds_its_own_dtypes() -> None:
 # what is refused
 
 
-@pytest.mark.parametrize("value", ["int8", "float16", torch.bfloat16, None])
+@pytest.mark.parametrize("value", ["int4", "float16", torch.bfloat16, None])
 def test_another_dtype_is_refused(value: Any) -> None:
-    said = re.escape(f"state_dtype must be one of 'float32', 'bfloat16', got {value!r}")
+    said = re.escape(f"state_dtype must be one of 'float32', 'bfloat16', 'int8', got {value!r}")
     with pytest.raises(ValueError, match=f"^{said}"):
         lookahead_fused.LookaheadAdamW(make_params(), state_dtype=value)
     with pytest.raises(ValueError, match=f"^{said}"):
