@@ -514,9 +514,7 @@ class _State:
                 self.scales[name] = scale
                 return local
             check_memory(local, f"state {name!r}")
-            made, scale = codes.encoded(
-                codes.decoded(local, scale, kind) if is_coded else local, self.param, kind
-            )
+            made, scale = codes.encoded(codes.decoded(local, scale, kind) if is_coded else local, self.param, kind)
         elif start is not None:
             made, scale = start[1], self.scales[start[0]].clone()
         else:

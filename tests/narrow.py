@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import coded
 import torch
 from helpers import LOOKAHEAD_CLASSES, BackendCase, make_grads, make_params, same_tensor_bits, seeded, set_grad
 from torch import Tensor
@@ -52,6 +53,19 @@ OPTIMIZERS: dict[str, Make] = {
 }
 MASTERS = [name for name in OPTIMIZERS if name.startswith(("gpa", "schedule"))]
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "cached_momentum")
+
+
+SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
+
+
+def wide(own: Mapping[str, Any], moment: str) -> Tensor:
+    """What a moment in codes stands for, by the oracle."""
+    codes, scale = own[moment], own[f"{moment}_scale"].cpu().numpy()
+    flat = codes.as_strided((codes.numel(),), (1,)).cpu().numpy()
+    kind = coded.SQUARES if moment in SQUARES else coded.SIGNED
+    found = torch.empty_like(codes, dtype=FP32, device="cpu")
+    found.as_strided((codes.numel(),), (1,)).copy_(torch.from_numpy(coded.decode(flat, coded.tops_of(scale), kind)))
+    return found
 
 
 def run(

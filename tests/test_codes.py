@@ -120,7 +120,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ran(program: Path, *arguments: int, given: bytes = b"") -> bytes:
-    done = subprocess.run([str(program), *(str(int(argument)) for argument in arguments)], input=given, capture_output=True, check=False)
+    done = subprocess.run(
+        [str(program), *(str(int(argument)) for argument in arguments)], input=given, capture_output=True, check=False
+    )
     assert done.returncode == 0, (done.returncode, done.stderr)
     return done.stdout
 
@@ -194,4 +196,6 @@ def test_blocks_are_cut_in_memory(kind: Pair) -> None:
         # Of values that lie otherwise than the parameter.
         again, _ = encode(moved.contiguous(), moved, kind[1])
         assert torch.equal(again, found)
-        assert torch.equal(codes.decoded(found, scale, kind[1]).permute(1, 2, 0).flatten(), codes.decoded(flat, scale, kind[1]))
+        assert torch.equal(
+            codes.decoded(found, scale, kind[1]).permute(1, 2, 0).flatten(), codes.decoded(flat, scale, kind[1])
+        )

@@ -14,32 +14,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import BackendCase, make_grads, make_params, same_tensor_bits, seeded, tune
-from narrow import BF16, FP16, FP32, FP64, MOMENTS, OPTIMIZERS, REFERENCE, assert_same, made, of_class, run
+from narrow import BF16, FP16, FP32, FP64, MOMENTS, OPTIMIZERS, REFERENCE, assert_same, made, of_class, run, wide
 
 import lookahead_fused
 from lookahead_fused._parts import CHUNK_ELEMENTS
-from lookahead_fused.backends import BACKENDS
-
-SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
-
-
-@pytest.fixture
-def int8_backend(backend: BackendCase) -> BackendCase:
-    if "int8" not in BACKENDS[backend.name].STATE_DTYPES:
-        pytest.skip(f"{backend.name} serves no moments in codes")
-    return backend
-
-
-def wide(own: Any, moment: str) -> torch.Tensor:
-    """What codes stand for, by the oracle."""
-    kind = coded.SQUARES if moment in SQUARES else coded.SIGNED
-    codes, scale = own[moment], own[f"{moment}_scale"]
-    flat = codes.as_strided((codes.numel(),), (1,)).cpu().numpy()
-    found = torch.empty_like(codes, dtype=FP32, device="cpu")
-    tops = coded.tops_of(scale.cpu().numpy())
-    found.as_strided((codes.numel(),), (1,)).copy_(torch.from_numpy(coded.decode(flat, tops, kind)))
-    return found
-
 
 # ------------------------------------------------------------------------------------------------------------
 # what is computed

@@ -30,6 +30,9 @@ from narrow import (
 import lookahead_fused
 from lookahead_fused import EMA, GPA, Lion, Lookahead, ScheduleFree
 from lookahead_fused._parts import CHUNK_ELEMENTS
+from lookahead_fused.backends import BACKENDS
+
+narrow_ones = pytest.mark.parametrize("narrow", ["bfloat16", "int8"])
 
 # ------------------------------------------------------------------------------------------------------------
 # what is computed
@@ -93,9 +96,7 @@ def test_chunks_threads_and_instruction_sets_change_no_bit(chunk_elements: int) 
 def test_moments_are_rounded_in_a_step_and_used_before_that(backend: BackendCase) -> None:
     """A first step's update is that of fp32 moments; what is kept is one of the two bf16 numbers beside each."""
     optimizer, params = made(of_class("adamw"), backend)
-    wide, others = made(
-        lambda params, backend: lookahead_fused.LookaheadAdamW(params, lr=0.05, k=3, backend=backend), backend
-    )
+    wide, others = made(of_class("adamw"), backend, state_dtype="float32")
     run(optimizer, params, range(1, 2))
     run(wide, others, range(1, 2))
     for p, q in zip(params, others, strict=True):
@@ -258,49 +259,57 @@ def test_another_dtype_is_refused(value: Any) -> None:
         Lookahead(torch.optim.AdamW([{"params": make_params(), "lookahead_state_dtype": value}]))
 
 
-def test_fp64_parameters_are_refused(backend: BackendCase) -> None:
-    with pytest.raises(TypeError, match=r"^a parameter must not be float64 with state_dtype='bfloat16'"):
-        lookahead_fused.LookaheadAdamW(make_params(dtype=FP64), state_dtype="bfloat16")
-    with pytest.raises(TypeError, match=r"^a parameter must not be float64 with ema_state_dtype='bfloat16'"):
-        EMA(torch.optim.AdamW(make_params(dtype=FP64)), state_dtype="bfloat16")
-    optimizer, params = made(of_class("adamw"), backend)
+@narrow_ones
+def test_fp64_parameters_are_refused(backend: BackendCase, narrow: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^a parameter must not be float64 with state_dtype='{narrow}'"):
+        lookahead_fused.LookaheadAdamW(make_params(dtype=FP64), state_dtype=narrow)
+    with pytest.raises(TypeError, match=rf"^a parameter must not be float64 with ema_state_dtype='{narrow}'"):
+        EMA(torch.optim.AdamW(make_params(dtype=FP64)), state_dtype=narrow)
+    if narrow not in BACKENDS[backend.name].STATE_DTYPES:
+        return
+    optimizer, params = made(of_class("adamw"), backend, state_dtype=narrow)
     run(optimizer, params, range(1, 2))
     params[1].data = params[1].data.double()
     params[1].grad = None
     before = copy.deepcopy(optimizer.state_dict()["state"])
-    with pytest.raises(TypeError, match=r"^parameter 1 of group 0 must not be float64 with state_dtype='bfloat16'"):
+    with pytest.raises(TypeError, match=rf"^parameter 1 of group 0 must not be float64 with state_dtype='{narrow}'"):
         run(optimizer, params, range(2, 3))
     after = optimizer.state_dict()["state"]
     assert all(same_tensor_bits(before[i][name], after[i][name]) for i in before for name in before[i])
 
 
+@narrow_ones
 @pytest.mark.parametrize("wrapper", [Lookahead, EMA, GPA, ScheduleFree])
 @pytest.mark.parametrize("base", EXTERNAL_CLASSES)
-def test_a_base_that_is_not_fused_is_refused(wrapper: Any, base: str) -> None:
-    said = "state_dtype must be 'float32' around an optimizer whose step is its own, got 'bfloat16'"
+def test_a_base_that_is_not_fused_is_refused(wrapper: Any, base: str, narrow: str) -> None:
+    said = f"state_dtype must be 'float32' around an optimizer whose step is its own, got '{narrow}'"
     with pytest.raises(ValueError, match=f"^{said}"):
-        wrapper(EXTERNAL_CLASSES[base](make_params()), state_dtype="bfloat16")
+        wrapper(EXTERNAL_CLASSES[base](make_params()), state_dtype=narrow)
     optimizer = wrapper(EXTERNAL_CLASSES[base](make_params()))
     prefix = optimizer.policy.prefix
     with pytest.raises(ValueError, match=f"^{prefix}{said}"):
-        optimizer.add_param_group({"params": make_params(), prefix + "state_dtype": "bfloat16"})
+        optimizer.add_param_group({"params": make_params(), prefix + "state_dtype": narrow})
 
 
-def test_centered_rmsprop_is_refused(backend: BackendCase) -> None:
+@narrow_ones
+def test_centered_rmsprop_is_refused(backend: BackendCase, narrow: Any) -> None:
     """The variance is a difference of two moments: rounded, it may fall below 0, and its root is NaN."""
-    said = r"state_dtype must be 'float32' with centered=True, got 'bfloat16'"
+    said = rf"state_dtype must be 'float32' with centered=True, got '{narrow}'"
     with pytest.raises(ValueError, match=f"^{said}"):
-        lookahead_fused.LookaheadRMSprop(make_params(), centered=True, state_dtype="bfloat16")
+        lookahead_fused.LookaheadRMSprop(make_params(), centered=True, state_dtype=narrow)
     with pytest.raises(ValueError, match=f"^(gpa_)?{said}"):
-        GPA(torch.optim.RMSprop(make_params(), centered=True), state_dtype="bfloat16")
-    optimizer, params = made(of_class("rmsprop"), backend)
+        GPA(torch.optim.RMSprop(make_params(), centered=True), state_dtype=narrow)
+    if narrow not in BACKENDS[backend.name].STATE_DTYPES:
+        return
+    optimizer, params = made(of_class("rmsprop"), backend, state_dtype=narrow)
     run(optimizer, params, range(1, 2))
     optimizer.param_groups[0]["centered"] = True
     with pytest.raises(ValueError, match=f"^{said}"):
         run(optimizer, params, range(2, 3))
 
 
-def test_a_lion_that_is_wrapped_leaves_it_to_the_wrapper() -> None:
-    said = re.escape("base_optimizer must have state_dtype='float32', got 'bfloat16': give state_dtype='bfloat16' to")
+@narrow_ones
+def test_a_lion_that_is_wrapped_leaves_it_to_the_wrapper(narrow: Any) -> None:
+    said = re.escape(f"base_optimizer must have state_dtype='float32', got '{narrow}': give state_dtype='{narrow}' to")
     with pytest.raises(ValueError, match=f"^{said}"):
-        EMA(Lion(make_params(), state_dtype="bfloat16"))
+        EMA(Lion(make_params(), state_dtype=narrow))
