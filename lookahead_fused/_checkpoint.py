@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ._offload import hosted, wait_for_hosted
 from ._rows import check_whole
+from ._rules import Rule
 from ._saved import dtype_in_memory, in_checkpoint
 from ._table import Table
 from ._tensors import count_device, local_tensor
@@ -161,12 +162,16 @@ class Loading:
         return train_params
 
 
-def saved(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """A state dict as a checkpoint has it; what differs from what lies in memory is in `_saved.py`."""
+def saved(state_dict: dict[str, Any], groups: list[dict[str, Any]], rule: Rule | None) -> dict[str, Any]:
+    """A state dict as a checkpoint has it; what differs from what lies in memory is in `_saved.py`.
+
+    Args:
+        rule: None: of whose state nothing is known any more, and its moments stay as they are.
+    """
     # What is saved while somebody evaluates outlives that.
     with torch.inference_mode(False), torch.no_grad():
         state = {
-            index: in_checkpoint(param, entries, f"parameter {index!r}")
+            index: in_checkpoint(param, entries, f"parameter {index!r}", rule)
             for index, param in given_by_index(state_dict, groups, strict=False)
             if isinstance(entries := state_dict["state"].get(index), dict)
         }

@@ -13,6 +13,8 @@ from . import _checkpoint as checkpoint
 from . import _masters as masters
 from ._fused import Fused
 from ._offload import wait_for_hosted
+from ._policies import CACHED
+from ._state_dtype import without_codes
 from ._table import Table
 
 
@@ -51,10 +53,10 @@ class BaseDoor:
         if not hasattr(base, "_optimizer_load_state_dict_pre_hooks"):
             return
         base.register_state_dict_pre_hook(self._before_save)
+        base.register_state_dict_post_hook(self._after_save, prepend=True)
         base.register_load_state_dict_pre_hook(self._before_load)
         base.register_load_state_dict_post_hook(self._after_load, prepend=True)
         if wrapper._is_fused:
-            base.register_state_dict_post_hook(self._after_save, prepend=True)
             base.register_step_pre_hook(self._before_step)
             self.step_hooks = 1
 
@@ -71,7 +73,8 @@ class BaseDoor:
             wait_for_hosted(wrapper._table.policy, base.param_groups)
 
     def _after_save(self, base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        return checkpoint.saved(state_dict, base.param_groups)
+        wrapper = self._wrapper()
+        return checkpoint.saved(state_dict, base.param_groups, None if wrapper is None else wrapper._table.rule)
 
     def _before_load(self, base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         wrapper = self._wrapper()
@@ -105,6 +108,11 @@ class BaseDoor:
                     own.pop(name, None)
                 if isinstance(base, Fused):
                     continue
+                # The copy of the first moment is the wrapper's.
+                wide = without_codes(param, own, wrapper._table.rule, but=(CACHED,))
+                for name in own.keys() - wide.keys():
+                    del own[name]
+                own.update(wide)
                 for name, value in own.items():
                     if (
                         name in wrapper._table.policy.entries

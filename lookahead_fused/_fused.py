@@ -84,7 +84,8 @@ def documented(cls: _Class) -> _Class:
 
 
 def _after_save(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    return checkpoint.saved(state_dict, optimizer.param_groups)
+    table: Table = optimizer._table  # type: ignore[attr-defined]
+    return checkpoint.saved(state_dict, optimizer.param_groups, table.rule)
 
 
 class Fused(Hooked):

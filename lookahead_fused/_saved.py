@@ -1,4 +1,4 @@
-"""What a checkpoint has in place of what lies in memory, where ranks could not send that to each other.
+"""What a checkpoint has in place of what lies in memory, where others could not read that, or not send it.
 
 The names of the entries stay: torch.distributed.checkpoint looks for those that stand in an optimizer's state.
 """
@@ -11,16 +11,22 @@ import torch
 from torch import Tensor
 
 from . import _masters as masters
+from ._rules import Rule
+from ._state_dtype import without_codes
 from ._tensors import check_memory, local_tensor
 from ._torch import is_dtensor
 
 
-def in_checkpoint(param: Tensor, entries: dict[str, Any], name: str) -> dict[str, Any]:
-    """One parameter's state as a checkpoint has it; the same object where that is as it lies in memory.
+def in_checkpoint(param: Tensor, entries: dict[str, Any], name: str, rule: Rule | None) -> dict[str, Any]:
+    """One parameter's state as a checkpoint has it. Of moments in codes that is what these stand for, exactly: another
+    optimizer can read that, and what is cut or joined (by FSDP, say) has no blocks.
 
     Args:
         name: What messages call the parameter.
+        rule: Whose state it is, if known.
     """
+    if rule is not None:
+        entries = without_codes(param, entries, rule)
     low = entries.get(masters.LOW)
     if is_dtensor(param) and isinstance(low, Tensor) and low.dtype == torch.int16:
         # Neither gloo nor NCCL sends int16.
