@@ -181,7 +181,7 @@ class Stepper:
         skip = self.no_inf if found_inf is None else found_inf
         row_programs = -(-self.row_count // self.kernels.ROWS.value)
         sizes = self.row_count, self.packed.gradients
-        # As triton_kernels.rows takes it.
+        # As triton_prologue.rows takes it.
         pass_ = {Pass.STEP: 0, Pass.SYNC: 1, Pass.INNER: 2}[part.pass_]
         rows = (self.fixed, moving, self.steps, scale, factor, skip, *sizes, pass_, rule, self.policy)
         places = self.packed.chunks, self.packed.gradients

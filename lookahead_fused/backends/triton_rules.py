@@ -31,7 +31,7 @@ globals().update(LAYOUT)
 # All that compiled code comes from: this file, those beside it, and what they ask of the compiled module.
 _FILES = [
     Path(__file__).with_name(f"triton_{name}.py").read_bytes()
-    for name in ("rules", "policies", "state", "kernels", "norm")
+    for name in ("rules", "policies", "state", "prologue", "kernels", "norm")
 ]
 SOURCE = f"{_FILES} {native.layout()} {native.rules()} {native.policies()}"
 

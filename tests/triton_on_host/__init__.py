@@ -24,7 +24,7 @@ NAME = "triton-host"
 # What compiled code comes from, each file after those that it imports.
 # Kernels; the rest are functions that they call.
 LAUNCHED = ("rows", "chunks", "squares", "clip")
-ROOMS = ("rules", "policies", "state", "kernels", "norm")
+ROOMS = ("rules", "policies", "state", "prologue", "kernels", "norm")
 # The first whose interpreter takes a number out of NumPy's arrays as every NumPy allows, and leaves the language as it
 # was, so that kernels can be compiled afterwards.
 INTERPRETS = (3, 7)
@@ -84,10 +84,11 @@ def interpreted() -> tuple[ModuleType, ModuleType]:
     before = triton.knobs.runtime.interpret
     triton.knobs.runtime.interpret = True
     try:
-        rules, policies, state, module, norm = kernels_again()
+        rooms = kernels_again()
     finally:
         triton.knobs.runtime.interpret = before
-    for room in (rules, policies, state, module, norm):
+    rules, policies, *_, module, norm = rooms
+    for room in rooms:
         for name, value in list(vars(room).items()):
             # Called from within a kernel, the interpreter's function prepares Triton's whole language anew each time.
             if isinstance(value, InterpretedFunction):
