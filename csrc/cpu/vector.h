@@ -9,6 +9,7 @@
 
 #include "../rules/numeric.h"
 #include "../state/bfloat16.h"
+#include "../state/int8.h"
 #include "../table/dtypes.h"
 #include "../table/master.h"
 
@@ -226,6 +227,36 @@ struct MomentMemory<float, N, BFloat16> {
     LF_HD void store(BFloat16* to, Vec<float, N> value, int moment) const {
         const auto bits = Convert<N>::narrow_without_bias(value, random_half(random, moment));
         std::memcpy(to, &bits, sizeof(bits));
+    }
+};
+
+// What words of a SIMD vector are read as: see int8.h.
+template <class Word>
+struct Reading {
+    static constexpr int N = sizeof(Word) / sizeof(uint32_t);
+    using Signed = typename Register<int32_t, N>::Type;
+    using Float = typename Register<float, N>::Type;
+    // Of numbers below 2^31.
+    static LF_HD Float number(Word word) { return __builtin_convertvector((Signed)word, Float); }
+    static LF_HD Float with_bits(Word bits) { return (Float)bits; }
+};
+
+// N codes of a kind, and fp32 numbers.
+template <int N, bool SQUARES>
+struct CodeMemory {
+    using Word = typename Register<uint32_t, N>::Type;
+    using Byte = typename Register<uint8_t, N>::Type;
+
+    static LF_HD Vec<float, N> load(const Code* from, uint32_t top) {
+        Byte bytes;
+        std::memcpy(&bytes, from, sizeof(bytes));
+        const Word code = __builtin_convertvector(bytes, Word);
+        return {bit_cast<typename Vec<float, N>::Native>(Codes<SQUARES>::decoded(code, top))};
+    }
+    static LF_HD void store(Code* to, Vec<float, N> value, Word random, uint32_t top) {
+        const Word code = Codes<SQUARES>::encoded(bit_cast<Word>(value.native), random, top);
+        const auto bytes = __builtin_convertvector(code, Byte);
+        std::memcpy(to, &bytes, sizeof(bytes));
     }
 };
 

@@ -9,6 +9,7 @@
 
 #include "../table/prologue.h"
 #include "../table/walks.h"
+#include "coded_block.h"
 #include "kernels.h"
 #include "prefetch.h"
 #include "vector.h"
@@ -25,6 +26,8 @@ struct Walk {
     // Chunks of up to SMALL elements are fetched that many chunks before their turn. Over 1000 tensors of 64 elements
     // that takes the walk from 67 to 56 us (a Xeon with AMX); from 2 to 12 ahead make no difference.
     static constexpr int SMALL = 1024, CHUNKS_AHEAD = 3;
+    // Moments lie in codes, which a block's elements are encoded to together.
+    static constexpr bool CODED = std::is_same_v<S, Code>;
 
     // A chunk's own part of its row's arrays, null where the row has none and where this pass leaves it alone.
     struct Arrays {
@@ -33,6 +36,9 @@ struct Walk {
         Master<P>* master;
         StateArrays<Rule, T, S> state;
         uint32_t place;  // of its first element in the row, with the row's key for rounding
+    };
+    struct BlockArrays : Arrays {
+        CodedBlock<Rule>* block;
     };
 
     template <class M>
@@ -54,9 +60,18 @@ struct Walk {
         return at;
     }
 
-    // The WIDTH elements from i on.
-    template <int WIDTH>
-    static LF_HD void elements(const Step& step, const Arrays& at, int64_t i) {
+    static LF_HD ScaleArrays<Rule> scales(const Row& row, int64_t offset) {
+        ScaleArrays<Rule> at;
+        at.cached = part<float>(row.column[CACHED_SCALE], offset / CODE_BLOCK);
+        for (int m = 0; m < Rule::MOMENTS; ++m) {
+            at.moment[m] = part<float>(row.column[MOMENT_SCALE + m], offset / CODE_BLOCK);
+        }
+        return at;
+    }
+
+    // The WIDTH elements from i on; At is BlockArrays where moments lie in codes.
+    template <int WIDTH, class At>
+    static LF_HD void elements(const Step& step, const At& at, int64_t i) {
         using V = Vec<T, WIDTH>;
         const auto load = [i](const auto* from) {
             return Memory<T, WIDTH, std::decay_t<decltype(*from)>>::load(from + i);
@@ -69,7 +84,12 @@ struct Walk {
         V p = at.master != nullptr ? WithMaster::load(at.param + i, at.master + i) : load(at.param);
         V moment[Rule::MOMENTS] = {};
         for (int m = 0; m < Rule::MOMENTS; ++m) {
-            if (state.moment[m] != nullptr) moment[m] = load(state.moment[m]);
+            if (state.moment[m] == nullptr) continue;
+            if constexpr (CODED) {
+                moment[m] = at.block->template load<WIDTH>(state.moment[m], i, m);
+            } else {
+                moment[m] = load(state.moment[m]);
+            }
         }
         V start = p, x{};
         if (step.slow.kind == AVERAGING) {
@@ -84,7 +104,7 @@ struct Walk {
         V g{};
         if constexpr (Rule::reads_gradient) g = load(at.grad);
         Rule::update(step.rule, p, g, moment);
-        const MomentMemory<T, WIDTH, S> moments(at.place + static_cast<uint32_t>(i));
+        [[maybe_unused]] const MomentMemory<T, WIDTH, S> moments(at.place + static_cast<uint32_t>(i));
         if (step.slow.kind == AVERAGING) {
             store(state.slow, p);
             const V z = p;
@@ -99,16 +119,27 @@ struct Walk {
                 if (state.companion != nullptr) store(state.companion, outer);
                 if (state.moment[0] != nullptr) {
                     V cached{};
-                    if (state.cached != nullptr) cached = load(state.cached);
+                    if constexpr (CODED) {
+                        if (state.cached != nullptr) cached = at.block->template load_cached<WIDTH>(state.cached, i);
+                    } else {
+                        if (state.cached != nullptr) cached = load(state.cached);
+                    }
                     step.slow.moment(moment[0], cached);
                     // By the first moment's draw: the two are equal.
-                    if (state.cached != nullptr) moments.store(state.cached + i, cached, 0);
+                    if constexpr (!CODED) {
+                        if (state.cached != nullptr) moments.store(state.cached + i, cached, 0);
+                    }
                 }
             }
             store(state.slow, slow);
         }
         for (int m = 0; m < Rule::MOMENTS; ++m) {
-            if (state.moment[m] != nullptr) moments.store(state.moment[m] + i, moment[m], m);
+            if (state.moment[m] == nullptr) continue;
+            if constexpr (CODED) {
+                at.block->keep(moment[m], i, m);
+            } else {
+                moments.store(state.moment[m] + i, moment[m], m);
+            }
         }
         // What is not computed here and not changed here stays as it is, also where it was rounded.
         if (!Rule::reads_gradient && !step.slow.restarts) return;
@@ -124,13 +155,15 @@ struct Walk {
         __builtin_prefetch(at.param + i, 1);
         if constexpr (Rule::reads_gradient) __builtin_prefetch(at.grad + i, 0);
         if (at.master != nullptr) __builtin_prefetch(at.master + i, 1);
+        // A line of codes is as long as several of the others.
+        const bool moments = !CODED || i % 64 == 0;
         for (int m = 0; m < Rule::MOMENTS; ++m) {
-            if (at.state.moment[m] != nullptr) __builtin_prefetch(at.state.moment[m] + i, 1);
+            if (moments && at.state.moment[m] != nullptr) __builtin_prefetch(at.state.moment[m] + i, 1);
         }
         if (!step.slow.due) return;
         if (at.state.slow != nullptr) __builtin_prefetch(at.state.slow + i, 1);
         if (at.state.companion != nullptr) __builtin_prefetch(at.state.companion + i, 1);
-        if (at.state.cached != nullptr) __builtin_prefetch(at.state.cached + i, 1);
+        if (moments && at.state.cached != nullptr) __builtin_prefetch(at.state.cached + i, 1);
     }
 
     // Where rows are small, the processor's own prefetchers have nothing to go by. Inline, or GCC drops the call: a
@@ -142,8 +175,8 @@ struct Walk {
     }
 
     // The last elements of a chunk, fewer than 2 * WIDTH, in narrower and narrower registers: the same operations.
-    template <int WIDTH>
-    static LF_HD void tail(const Step& step, const Arrays& at, int64_t i, int count) {
+    template <int WIDTH, class At>
+    static LF_HD void tail(const Step& step, const At& at, int64_t i, int count) {
         if (count & WIDTH) {
             elements<WIDTH>(step, at, i);
             i += WIDTH;
@@ -161,6 +194,27 @@ struct Walk {
             elements<N>(step, at, i);
         }
         if (whole < piece.count) tail<N / 2>(step, at, whole, piece.count - whole);
+    }
+
+    // The table's binding has made chunks that begin where blocks do.
+    static void coded_chunk(const Step& step, const Row& row, const Chunk& piece) {
+        BlockArrays at{arrays(step, row, piece.offset), nullptr};
+        const ScaleArrays<Rule> of_blocks = scales(row, piece.offset);
+        const int ahead = prefetch_ahead();
+        const bool streams = row.numel > 8 * ahead;
+        const bool with_cached = step.slow.due && at.state.moment[0] != nullptr && at.state.cached != nullptr;
+        for (int64_t first = 0; first < piece.count; first += CODE_BLOCK) {
+            const int64_t left = piece.count - first;
+            const int count = static_cast<int>(left < CODE_BLOCK ? left : CODE_BLOCK), whole = count / N * N;
+            CodedBlock<Rule> block(at.state, of_blocks, first / CODE_BLOCK);
+            at.block = &block;
+            for (int i = 0; i < whole; i += N) {
+                if (streams) prefetch(step, at, first + i + ahead);
+                elements<N>(step, at, first + i);
+            }
+            if (whole < count) tail<N / 2>(step, at, first + whole, count - whole);
+            block.write(at.state, of_blocks, count, at.place + static_cast<uint32_t>(first), with_cached);
+        }
     }
 
     static void rows(const Table& table, const StepArguments& arguments, void* steps, int32_t* step_of_row) {
@@ -196,7 +250,11 @@ struct Walk {
                 // With this row's step: neighbours are mostly of one group.
                 if (step_of_row[later.row] >= 0) prefetch_small(step, table.rows[later.row], later);
             }
-            chunk(step, table.rows[piece.row], piece);
+            if constexpr (CODED) {
+                coded_chunk(step, table.rows[piece.row], piece);
+            } else {
+                chunk(step, table.rows[piece.row], piece);
+            }
         }
     }
 

@@ -7,6 +7,7 @@
 
 #include "../rules/all.h"
 #include "../slow/all.h"
+#include "../state/int8.h"
 #include "collected.h"
 
 namespace lookahead_fused {
@@ -23,18 +24,20 @@ template <class... Members>
 std::vector<Names> rules_of(List<Members...>) {
     static_assert(((static_cast<int>(Members::HYPERS) <= MAX_RULE_HYPERS) && ...),
                   "a Group has no room for a rule's hyperparameters");
-    static_assert(((MOMENT + static_cast<int>(Members::MOMENTS) <= COLUMNS) && ...),
+    static_assert(((MOMENT + static_cast<int>(Members::MOMENTS) <= MOMENT_SCALE) && ...),
                   "a Row has no room for a rule's moments");
+    static_assert((!Members::squares[0] && ...), "a policy acts on a moment that has a sign");
     return {Names{Members::name,
                   hyper_names_of<Members>(),
-                  {std::begin(Members::moment_names), std::end(Members::moment_names)}}...};
+                  {std::begin(Members::moment_names), std::end(Members::moment_names)},
+                  {std::begin(Members::squares), std::end(Members::squares)}}...};
 }
 
 template <class... Members>
 std::vector<Names> policies_of(List<Members...>) {
     static_assert(((static_cast<int>(Members::HYPERS) <= MAX_POLICY_HYPERS) && ...),
                   "a Group has no room for a policy's hyperparameters");
-    return {Names{Members::name, hyper_names_of<Members>(), {}}...};
+    return {Names{Members::name, hyper_names_of<Members>(), {}, {}}...};
 }
 
 size_t place_of(const std::vector<Names>& all, const std::string& name) {
@@ -80,6 +83,11 @@ TableBinding::TableBinding(py::handle tensor_type, TensorReader::Way fastest, co
       groups_(std::move(fields), std::move(read_group)) {
     if (chunk_elements <= 0 || chunk_elements > std::numeric_limits<int32_t>::max()) {
         throw py::value_error("chunk_elements must lie between 1 and 2^31 - 1");
+    }
+    // A block of codes has one scale, which whoever updates its elements makes anew.
+    if (state_dtype_ == Dtype::UINT8 && chunk_elements % CODE_BLOCK != 0) {
+        throw py::value_error("chunk_elements must be a multiple of " + std::to_string(CODE_BLOCK) +
+                              " where moments lie in codes");
     }
     if (entries_.size() != COLUMNS) throw py::value_error("entries must name each of the columns, or None");
     const Dtype compute = param_dtype_ == Dtype::FLOAT64 ? Dtype::FLOAT64 : Dtype::FLOAT32;
@@ -131,8 +139,12 @@ void TableBinding::add_row(py::object owner, py::object copy, py::dict state, in
     const int32_t ndim = tensors.layout.ndim;
     std::vector<int64_t> layout(tensors.layout.shape, tensors.layout.shape + ndim);
     layout.insert(layout.end(), tensors.layout.strides, tensors.layout.strides + ndim);
+    layout.insert(layout.end(), {code_blocks(plain.numel), 1});
     tensors.layout.shape = layout.data();
     tensors.layout.strides = layout.data() + ndim;
+    tensors.blocks.ndim = 1;
+    tensors.blocks.shape = layout.data() + 2 * ndim;
+    tensors.blocks.strides = tensors.blocks.shape + 1;
     plain.column[PARAM] = tensors.layout.data;
     if (!fits(tensors.layout, PARAM, tensors) || (plain.numel > 0 && plain.column[PARAM] == nullptr)) {
         throw py::value_error("a parameter does not match its table in device and dtype, or has no memory");
@@ -144,6 +156,13 @@ void TableBinding::add_row(py::object owner, py::object copy, py::dict state, in
         if (has) tensors.present |= 1u << i;
         if (has && hosted[i].cast<bool>()) tensors.hosted |= 1u << i;
     }
+    const auto lacks_scale = [&](int moment, int scale) {
+        const bool coded = state_dtype_ == Dtype::UINT8 && (tensors.present >> moment & 1);
+        return coded != static_cast<bool>(tensors.present >> scale & 1);
+    };
+    bool lacks = lacks_scale(CACHED_MOMENT, CACHED_SCALE);
+    for (int m = 0; m < MOMENT_SCALE - MOMENT; ++m) lacks = lacks || lacks_scale(MOMENT + m, MOMENT_SCALE + m);
+    if (lacks) throw py::value_error("a row has a scale beside each moment that lies in codes, and no other");
 
     layouts_.push_back(std::move(layout));
     rows_.push_back(plain);
@@ -177,7 +196,9 @@ bool TableBinding::fits(const Description& tensor, int column, const Tensors& ro
     const bool hosted = row.hosted >> column & 1;
     if (hosted ? !tensor.on_host() : !tensor.same_device(device_)) return false;
     if (!(tensor.dtype == column_dtype_[column])) return false;
-    return COLUMN_FACTS[column].scalar ? tensor.ndim == 0 : tensor.same_layout(row.layout);
+    const ColumnFacts::Extent extent = COLUMN_FACTS[column].extent;
+    if (extent == ColumnFacts::ONE) return tensor.ndim == 0;
+    return tensor.same_layout(extent == ColumnFacts::ELEMENTS ? row.layout : row.blocks);
 }
 
 // Where a plain tensor's elements are; false where they are nowhere, or are not what the column holds.
@@ -187,7 +208,10 @@ bool TableBinding::find(PyObject* tensor, int column, size_t i, void** address) 
     const ColumnFacts& facts = COLUMN_FACTS[column];
     const bool hosted = row.hosted >> column & 1;
     TorchShim::Marks& marks = marks_[hosted][facts.type];
-    if (reader_.is_like(tensor, marks, facts.scalar ? scalar : row.layout)) {
+    const Description& layout = facts.extent == ColumnFacts::ELEMENTS ? row.layout
+                                : facts.extent == ColumnFacts::ONE    ? scalar
+                                                                      : row.blocks;
+    if (reader_.is_like(tensor, marks, layout)) {
         *address = reader_.data(tensor);
     } else {
         Description described;
@@ -198,7 +222,9 @@ bool TableBinding::find(PyObject* tensor, int column, size_t i, void** address) 
         marks = reader_.marks(tensor);
     }
     row.tensor[column] = tensor;
-    const int64_t elements = facts.scalar ? 1 : rows_[i].numel;
+    const int64_t elements = facts.extent == ColumnFacts::ELEMENTS ? rows_[i].numel
+                             : facts.extent == ColumnFacts::ONE    ? 1
+                                                                   : row.blocks.shape[0];
     if (elements == 0 || *address == rows_[i].column[column]) return *address != nullptr || elements == 0;
     return *address != nullptr && reader_.holds(tensor, elements, column_dtype_[column].bits / 8) &&
            (!hosted || hold(tensor, column, i));
@@ -257,7 +283,7 @@ bool TableBinding::refresh_state(size_t i, PyObject* state) {
         void* address;
         if (tensor == nullptr || !find(tensor, column, i, &address)) return false;
         // A number that is none: Python says so.
-        if (COLUMN_FACTS[column].scalar && on_host_ && !is_count(*static_cast<double*>(address))) return false;
+        if (COLUMN_FACTS[column].extent == ColumnFacts::ONE && on_host_ && !is_count(*static_cast<double*>(address))) return false;
         if (address != rows_[i].column[column]) {
             rows_[i].column[column] = address;
             ++moves_;

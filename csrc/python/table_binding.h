@@ -22,6 +22,7 @@ struct Names {
     std::string name;
     std::vector<std::string> hypers;
     std::vector<std::string> moments;
+    std::vector<bool> squares;  // of each of these whether it is one
 };
 
 // One for each rule and each policy; also what Python checks its own statements against.
@@ -98,6 +99,7 @@ class TableBinding {
         Description layout;      // of the parameter; shape and strides in layouts_
         PyObject* version;       // held in held_
         PyObject* copy;          // held in held_, or null
+        Description blocks;      // as `layout`: a number for each block of codes
         PyObject*
             tensor[COLUMNS];  // what the last pass that the row took part in found there; not to be followed later
     };
@@ -110,7 +112,8 @@ class TableBinding {
     uint32_t in_pass(const Tensors& row) const {
         constexpr uint32_t BEFORE_MOMENTS = (1u << MOMENT) - 1;
         if (pass_ == Pass::STEP) return row.present;
-        return row.present & (row.acts_on_moment ? BEFORE_MOMENTS | 1u << MOMENT : BEFORE_MOMENTS);
+        constexpr uint32_t FIRST_MOMENT = 1u << MOMENT | 1u << MOMENT_SCALE;
+        return row.present & (row.acts_on_moment ? BEFORE_MOMENTS | FIRST_MOMENT : BEFORE_MOMENTS);
     }
     bool find_place(Tensors& row, PyObject* state, PyObject** entries) const;
     bool find_entry(Tensors& row, int column, PyObject* entries, PyObject** value) const;

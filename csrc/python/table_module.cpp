@@ -7,6 +7,7 @@
 
 #include "../rules/all.h"
 #include "../slow/all.h"
+#include "../state/int8.h"
 #include "../table/norm_plan.h"
 #include "../table/packed.h"
 #include "addresses.h"
@@ -25,10 +26,11 @@ std::string upper(std::string text) {
 py::dict layout() {
     py::dict at;
     at["ROW"] = sizeof(Row);
-    for (int i = 0; i <= MOMENT; ++i) {
-        const std::string name = i < MOMENT ? COLUMN_FACTS[i].name : "moment";
-        at[py::str("ROW_" + upper(name))] = offsetof(Row, column) + i * sizeof(void*);
+    for (int i = 0; i < COLUMNS; ++i) {
+        const char* const name = i == MOMENT ? "moment" : i == MOMENT_SCALE ? "moment_scale" : COLUMN_FACTS[i].name;
+        if (name != nullptr) at[py::str("ROW_" + upper(name))] = offsetof(Row, column) + i * sizeof(void*);
     }
+    at["CODE_BLOCK"] = CODE_BLOCK;
     at["ROW_GROUP"] = offsetof(Row, group);
     at["ROW_MOMENTS_LOADED"] = offsetof(Row, moments_loaded);
     at["GROUP"] = sizeof(Group);
@@ -54,14 +56,15 @@ py::dict layout() {
     return at;
 }
 
-// The columns of a row in their order: what each is called in a parameter's state (None: a moment, which its rule
-// names), its type of elements, whether it is one number, whether every row has it.
+// The columns of a row in their order: what each is called in a parameter's state (None: a moment, or a moment's scale,
+// which its rule names), its type of elements, how many it has, whether every row has it.
 py::tuple columns() {
     const char* const types[] = {"param", "grad", "master", "compute", "moment", "float64"};
+    const char* const extents[] = {"one", "elements", "blocks"};
     py::list all;
     for (const ColumnFacts& facts : COLUMN_FACTS) {
         const py::object name = facts.name == nullptr ? py::object(py::none()) : py::object(py::str(facts.name));
-        all.append(py::make_tuple(name, types[facts.type], facts.scalar, facts.required));
+        all.append(py::make_tuple(name, types[facts.type], extents[facts.extent], facts.required));
     }
     return py::tuple(all);
 }
@@ -73,7 +76,8 @@ void bind_table(py::module_& module) {
         py::dict rules;
         for (const Names& rule : rule_names()) {
             rules[py::str(rule.name)] =
-                py::make_tuple(py::tuple(py::cast(rule.hypers)), py::tuple(py::cast(rule.moments)));
+                py::make_tuple(py::tuple(py::cast(rule.hypers)), py::tuple(py::cast(rule.moments)),
+                               py::tuple(py::cast(rule.squares)));
         }
         return rules;
     });

@@ -18,6 +18,7 @@ struct Adam {
 
     enum Moment { EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, MOMENTS };
     static constexpr const char* moment_names[MOMENTS] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
+    static constexpr bool squares[MOMENTS] = {false, true, true};
 
     template <class T>
     struct Coefficients {

@@ -17,6 +17,7 @@ struct External {
     // Whatever the other optimizer calls its first moment, where a policy has something to do with it.
     enum Moment { FIRST_MOMENT, MOMENTS };
     static constexpr const char* moment_names[MOMENTS] = {"first_moment"};
+    static constexpr bool squares[MOMENTS] = {false};
 
     template <class T>
     struct Coefficients {};

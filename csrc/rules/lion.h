@@ -16,6 +16,7 @@ struct Lion {
 
     enum Moment { EXP_AVG, MOMENTS };
     static constexpr const char* moment_names[MOMENTS] = {"exp_avg"};
+    static constexpr bool squares[MOMENTS] = {false};
 
     template <class T>
     struct Coefficients {

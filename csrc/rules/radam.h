@@ -18,6 +18,7 @@ struct RAdam {
 
     enum Moment { EXP_AVG, EXP_AVG_SQ, MOMENTS };
     static constexpr const char* moment_names[MOMENTS] = {"exp_avg", "exp_avg_sq"};
+    static constexpr bool squares[MOMENTS] = {false, true};
 
     template <class T>
     struct Coefficients {

@@ -18,6 +18,7 @@ struct RMSprop {
 
     enum Moment { MOMENTUM_BUFFER, SQUARE_AVG, GRAD_AVG, MOMENTS };
     static constexpr const char* moment_names[MOMENTS] = {"momentum_buffer", "square_avg", "grad_avg"};
+    static constexpr bool squares[MOMENTS] = {false, true, false};
 
     template <class T>
     struct Coefficients {

@@ -6,6 +6,7 @@
 //   Hyper, hyper_names      its hyperparameters, in the order in which Python writes them into a Group
 //   Moment, moment_names    its state, in the order of a Row's moment columns, null where a row has none; number 0 is
 //                           the first moment, the one that a policy acts on
+//   squares                 which moments are means of squares, and never negative: number 0 is not
 //   Coefficients<T>         what one element's update needs, rounded to the compute type
 //   prepare<T>(hyper, at)   the fp64 part of a step, done once for a parameter; what `at` has of the hyperparameters
 //                           is read there

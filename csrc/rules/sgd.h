@@ -18,6 +18,7 @@ struct Sgd {
 
     enum Moment { MOMENTUM_BUFFER, MOMENTS };
     static constexpr const char* moment_names[MOMENTS] = {"momentum_buffer"};
+    static constexpr bool squares[MOMENTS] = {false};
 
     template <class T>
     struct Coefficients {

@@ -20,8 +20,12 @@ struct Float16 {
 struct LowHalf {
     int16_t bits;
 };
+// A moment in 8 bits, beside its block's scale: see state/int8.h.
+struct Code {
+    uint8_t bits;
+};
 
-enum class Dtype : int32_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, INT16 };
+enum class Dtype : int32_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, INT16, UINT8 };
 
 // A type as it is known in memory, in C++ and, by torch's name for it, in Python.
 template <class Type>
@@ -56,6 +60,12 @@ struct DtypeOf<LowHalf> {
     static constexpr Dtype value = Dtype::INT16;
     static constexpr const char* name = "int16";
 };
+template <>
+struct DtypeOf<Code> {
+    using Type = Code;
+    static constexpr Dtype value = Dtype::UINT8;
+    static constexpr const char* name = "uint8";
+};
 
 // What a parameter of type P is computed in: fp64 in fp64, all else in fp32.
 template <class P>
@@ -72,12 +82,14 @@ struct Pattern {
 
 // What parameters and gradients may be, and what columns may be.
 using Dtypes = List<DtypeOf<float>, DtypeOf<double>, DtypeOf<BFloat16>, DtypeOf<Float16>>;
-using ColumnDtypes = List<DtypeOf<float>, DtypeOf<double>, DtypeOf<BFloat16>, DtypeOf<Float16>, DtypeOf<LowHalf>>;
+using ColumnDtypes =
+    List<DtypeOf<float>, DtypeOf<double>, DtypeOf<BFloat16>, DtypeOf<Float16>, DtypeOf<LowHalf>, DtypeOf<Code>>;
 
 using Patterns =
     List<Pattern<float, float>, Pattern<double, double>, Pattern<double, float>, Pattern<BFloat16, BFloat16>,
          Pattern<BFloat16, float>, Pattern<Float16, Float16>, Pattern<Float16, float>, Pattern<float, float, BFloat16>,
          Pattern<BFloat16, BFloat16, BFloat16>, Pattern<BFloat16, float, BFloat16>, Pattern<Float16, Float16, BFloat16>,
-         Pattern<Float16, float, BFloat16>>;
+         Pattern<Float16, float, BFloat16>, Pattern<float, float, Code>, Pattern<BFloat16, BFloat16, Code>,
+         Pattern<BFloat16, float, Code>, Pattern<Float16, Float16, Code>, Pattern<Float16, float, Code>>;
 
 }  // namespace lookahead_fused

@@ -25,6 +25,12 @@ struct StateArrays {
     S *cached, *moment[Rule::MOMENTS];
 };
 
+// The same of the scales, where moments lie in codes: of the chunk's blocks.
+template <class Rule>
+struct ScaleArrays {
+    float *cached, *moment[Rule::MOMENTS];
+};
+
 // With an overflow among the gradients nothing at all changes, not even a counter.
 LF_HD bool skips_step(const StepArguments& arguments) {
     return arguments.found_inf != nullptr && *arguments.found_inf != 0.0f;

@@ -22,38 +22,47 @@ enum Column : int {
     MASTER,         // what is kept of theta in the compute type (master.h): where it is whole, PARAM is not read
     SLOW,           // phi, the average, or z
     CACHED_MOMENT,  // the first moment as the last sync left it, for pullback
-    COMPANION,      // what stands beside that: phi's own momentum, or x
+    CACHED_SCALE,   // of its blocks, where moments lie in codes (state/int8.h)
+    COMPANION,      // what stands beside phi: its own momentum, or x
     MOMENT,         // the rule's moments, in the order of its moment_names
-    COLUMNS = MOMENT + 3
+    MOMENT_SCALE = MOMENT + 3,  // of their blocks, as CACHED_SCALE
+    COLUMNS = MOMENT_SCALE + 3
 };
 
 // Columns as data: whoever makes, checks or packs a row loops over these.
 struct ColumnFacts {
     enum Type { PARAM_TYPE, GRAD_TYPE, MASTER_TYPE, COMPUTE_TYPE, MOMENT_TYPE, FP64, TYPES };
     enum Access { READ, WRITTEN };  // by a step; WRITTEN ones are read too
+    // How many numbers: one for the row, as many as the parameter has and laid out like it, or one after the other for
+    // each of its blocks of codes.
+    enum Extent { ONE, ELEMENTS, BLOCKS };
 
-    const char* name;  // null: a moment, which its rule names
+    const char* name;  // null: a moment or a moment's scale, which its rule names
     Type type;
     Access access;
-    bool scalar;    // one number for the row; else as many as the parameter has, laid out like it
+    Extent extent;
     bool required;  // in every row, in every step that the row takes part in
 };
 
 constexpr ColumnFacts COLUMN_FACTS[COLUMNS] = {
-    {"param", ColumnFacts::PARAM_TYPE, ColumnFacts::WRITTEN, false, true},
-    {"grad", ColumnFacts::GRAD_TYPE, ColumnFacts::READ, false, false},
-    {"step", ColumnFacts::FP64, ColumnFacts::WRITTEN, true, true},
-    {"average_start", ColumnFacts::FP64, ColumnFacts::READ, true, false},
-    {"y_interp", ColumnFacts::FP64, ColumnFacts::WRITTEN, true, false},
-    {"weight_sum", ColumnFacts::FP64, ColumnFacts::WRITTEN, true, false},
-    {"lr_max", ColumnFacts::FP64, ColumnFacts::WRITTEN, true, false},
-    {"master", ColumnFacts::MASTER_TYPE, ColumnFacts::WRITTEN, false, false},
-    {"slow", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
-    {"cached_momentum", ColumnFacts::MOMENT_TYPE, ColumnFacts::WRITTEN, false, false},
-    {"companion", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, false, false},
-    {nullptr, ColumnFacts::MOMENT_TYPE, ColumnFacts::WRITTEN, false, false},
-    {nullptr, ColumnFacts::MOMENT_TYPE, ColumnFacts::WRITTEN, false, false},
-    {nullptr, ColumnFacts::MOMENT_TYPE, ColumnFacts::WRITTEN, false, false},
+    {"param", ColumnFacts::PARAM_TYPE, ColumnFacts::WRITTEN, ColumnFacts::ELEMENTS, true},
+    {"grad", ColumnFacts::GRAD_TYPE, ColumnFacts::READ, ColumnFacts::ELEMENTS, false},
+    {"step", ColumnFacts::FP64, ColumnFacts::WRITTEN, ColumnFacts::ONE, true},
+    {"average_start", ColumnFacts::FP64, ColumnFacts::READ, ColumnFacts::ONE, false},
+    {"y_interp", ColumnFacts::FP64, ColumnFacts::WRITTEN, ColumnFacts::ONE, false},
+    {"weight_sum", ColumnFacts::FP64, ColumnFacts::WRITTEN, ColumnFacts::ONE, false},
+    {"lr_max", ColumnFacts::FP64, ColumnFacts::WRITTEN, ColumnFacts::ONE, false},
+    {"master", ColumnFacts::MASTER_TYPE, ColumnFacts::WRITTEN, ColumnFacts::ELEMENTS, false},
+    {"slow", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, ColumnFacts::ELEMENTS, false},
+    {"cached_momentum", ColumnFacts::MOMENT_TYPE, ColumnFacts::WRITTEN, ColumnFacts::ELEMENTS, false},
+    {"cached_momentum_scale", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, ColumnFacts::BLOCKS, false},
+    {"companion", ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, ColumnFacts::ELEMENTS, false},
+    {nullptr, ColumnFacts::MOMENT_TYPE, ColumnFacts::WRITTEN, ColumnFacts::ELEMENTS, false},
+    {nullptr, ColumnFacts::MOMENT_TYPE, ColumnFacts::WRITTEN, ColumnFacts::ELEMENTS, false},
+    {nullptr, ColumnFacts::MOMENT_TYPE, ColumnFacts::WRITTEN, ColumnFacts::ELEMENTS, false},
+    {nullptr, ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, ColumnFacts::BLOCKS, false},
+    {nullptr, ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, ColumnFacts::BLOCKS, false},
+    {nullptr, ColumnFacts::COMPUTE_TYPE, ColumnFacts::WRITTEN, ColumnFacts::BLOCKS, false},
 };
 
 struct Row {

@@ -21,7 +21,7 @@ struct DataType {
 
 enum DeviceType : int32_t { CPU = 1, CUDA_HOST = 3, ROCM_HOST = 11 };
 
-enum DataTypeCode : uint8_t { INT = 0, FLOAT = 2, BFLOAT = 4 };
+enum DataTypeCode : uint8_t { INT = 0, UINT = 1, FLOAT = 2, BFLOAT = 4 };
 
 struct Tensor {
     void* data;

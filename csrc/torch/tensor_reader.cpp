@@ -40,6 +40,7 @@ namespace {
 template <class Type>
 constexpr dlpack::DataType dlpack_type() {
     const auto code = std::is_same_v<Type, LowHalf>    ? dlpack::INT
+                      : std::is_same_v<Type, Code>     ? dlpack::UINT
                       : std::is_same_v<Type, BFloat16> ? dlpack::BFLOAT
                                                        : dlpack::FLOAT;
     return {code, 8 * sizeof(Type), 1};
@@ -75,10 +76,10 @@ bool says_otherwise(PyTypeObject* type, const char* attribute, const py::object&
 }  // namespace
 
 Dtype dtype_named(const std::string& name) {
-    for (const auto& entry : named(Dtypes{})) {
+    for (const auto& entry : DTYPES) {
         if (name == entry.name) return entry.dtype;
     }
-    throw py::value_error("no backend computes in dtype '" + name + "'");
+    throw py::value_error("no row has a tensor of dtype '" + name + "'");
 }
 
 dlpack::DataType dlpack_dtype(Dtype dtype) {

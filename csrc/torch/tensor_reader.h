@@ -32,7 +32,7 @@ struct Description {
     bool same_layout(const Description& other) const;
 };
 
-// By torch's name for it. Throws where no walk computes in it.
+// By torch's name for it. Throws where no column is of it.
 Dtype dtype_named(const std::string& name);
 dlpack::DataType dlpack_dtype(Dtype dtype);
 inline bool operator==(dlpack::DataType a, dlpack::DataType b) {

@@ -385,7 +385,7 @@ def external_update(c, p, g, moments):
 
 
 def _rule(name: str, prepare: Any, update: Any, coefficients: tuple[str, ...]) -> Rule:
-    hypers, moments = native.rules()[name]
+    hypers, moments, _ = native.rules()[name]
     numbers = bool(coefficients), len(hypers), len(coefficients), len(moments)
     # Constants each: out of a tuple that is a constant, Triton 3.7 takes plain numbers, and loops over none.
     return Rule(prepare, update, *map(constexpr, numbers))

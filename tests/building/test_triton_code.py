@@ -273,7 +273,7 @@ def test_no_edited_kernel_is_taken_from_disk(
         assert before != key(was, edited)
     else:
         native = build.module("_cpu")
-        rules = {name: (found[0][::-1], found[1]) for name, found in native.rules().items()}  # type: ignore[union-attr]
+        rules = {name: (found[0][::-1], *found[1:]) for name, found in native.rules().items()}  # type: ignore[union-attr]
         monkeypatch.setattr(native, "rules", lambda: rules)
         assert before != key()
 
