@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 
 from ._offload import hosted, wait_for_hosted
 from ._rows import check_whole
+from ._rules import Rule
+from ._state_dtype import without_codes
 from ._table import Table
 from ._tensors import count_device, local_tensor
 from ._torch import is_dtensor, is_plain
@@ -157,6 +159,19 @@ class Loading:
                     # torch's loading takes it for a sequence, and makes the repr of a generator of it.
                     own[name] = value
         return train_params
+
+
+def saved_without_codes(state_dict: dict[str, Any], groups: list[dict[str, Any]], rule: Rule) -> dict[str, Any]:
+    """A state dict that says of moments in codes what these stand for, exactly: another optimizer can read that, and
+    what is cut or joined (by FSDP, say) has no blocks."""
+    # What is saved while somebody evaluates outlives that.
+    with torch.inference_mode(False), torch.no_grad():
+        state = {
+            index: without_codes(param, entries, rule)
+            for index, param in given_by_index(state_dict, groups, strict=False)
+            if isinstance(entries := state_dict["state"].get(index), dict)
+        }
+    return {**state_dict, "state": {**state_dict["state"], **state}}
 
 
 def given_by_index(

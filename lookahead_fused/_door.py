@@ -13,6 +13,8 @@ from . import _checkpoint as checkpoint
 from . import _masters as masters
 from ._fused import Fused
 from ._offload import wait_for_hosted
+from ._policies import CACHED
+from ._state_dtype import without_codes
 from ._table import Table
 
 
@@ -51,6 +53,7 @@ class BaseDoor:
         if not hasattr(base, "_optimizer_load_state_dict_pre_hooks"):
             return
         base.register_state_dict_pre_hook(self._before_save)
+        base.register_state_dict_post_hook(self._after_save, prepend=True)
         base.register_load_state_dict_pre_hook(self._before_load)
         base.register_load_state_dict_post_hook(self._after_load, prepend=True)
         if wrapper._is_fused:
@@ -68,6 +71,12 @@ class BaseDoor:
         wrapper = self._wrapper()
         if wrapper is not None:
             wait_for_hosted(wrapper._table.policy, base.param_groups)
+
+    def _after_save(self, base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        wrapper = self._wrapper()
+        if wrapper is None:
+            return None
+        return checkpoint.saved_without_codes(state_dict, base.param_groups, wrapper._table.rule)
 
     def _before_load(self, base: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         wrapper = self._wrapper()
@@ -101,6 +110,11 @@ class BaseDoor:
                     own.pop(name, None)
                 if isinstance(base, Fused):
                     continue
+                # The copy of the first moment is the wrapper's.
+                wide = without_codes(param, own, wrapper._table.rule, but=(CACHED,))
+                for name in own.keys() - wide.keys():
+                    del own[name]
+                own.update(wide)
                 for name, value in own.items():
                     if (
                         name in wrapper._table.policy.entries

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import _checkpoint as checkpoint
@@ -82,6 +83,11 @@ def documented(cls: _Class) -> _Class:
     return documents_offload(documents_norm(documents_state_dtype(cls)))
 
 
+def _save_without_codes(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    table: Table = optimizer._table  # type: ignore[attr-defined]
+    return checkpoint.saved_without_codes(state_dict, optimizer.param_groups, table.rule)
+
+
 class Fused(Hooked):
     """What the classes share: the table, the step and the checkpoints. A subclass names its rule and its policy."""
 
@@ -100,6 +106,12 @@ class Fused(Hooked):
         self._norm = norm
         self._fused = fused
         super().__init__(params, defaults)
+
+    def _patch_step_function(self) -> None:
+        # Called where hooks can be registered, once in a constructor, and again in unpickling and loading.
+        super()._patch_step_function()
+        if _save_without_codes not in self._optimizer_state_dict_post_hooks.values():
+            self.register_state_dict_post_hook(_save_without_codes, prepend=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group, as in torch.optim; raises what the constructor raises."""

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from . import _codes as codes
 from . import _masters as masters
 from ._hyperparameters import Argument, check_step
 from ._norm import ClipOnDevice, Order, sum_of_squares
@@ -185,6 +186,7 @@ class CompiledPart:
         policy = self.spec.policy
         used = {self.spec.rule.step_name: row.step, policy.slow: row.slow, **dict.fromkeys(masters.NAMES, row.master)}
         used |= {CACHED: row.cached_moment, policy.companion: row.companion, **row.numbers, **row.moments}
+        used |= {codes.scale_name(name): scale for name, scale in row.scales.items()}
         self.table.add_row(
             owner=row.owner,
             copy=copy,
@@ -420,23 +422,29 @@ def _entries(module: ModuleType, rule: Rule, policy: Policy, param_dtype: torch.
     Raises:
         RuntimeError: The module was built from other sources: its rows are not laid out as this package takes them.
     """
-    hypers, moments = module.rules()[rule.name]
+    hypers, moments, *squares = module.rules()[rule.name]
     ours = tuple(slot for argument in rule.arguments for slot in argument.slots)
-    names = iter(rule.moments)
     columns = [name for name, *_ in module.columns()]
+    # Of moments, and then of as many scales.
+    places: list[str | None] = [*rule.moments, *[None] * (columns.count(None) // 2 - len(rule.moments))]
+    names = iter([*places, *(None if name is None else codes.scale_name(name) for name in places)])
     # What a policy does not have has no name in its state.
-    renamed: dict[str, str | None] = {name: name for name in (*policy.numbers, CACHED)}
+    renamed: dict[str, str | None] = {name: name for name in (*policy.numbers, CACHED, codes.scale_name(CACHED))}
     renamed |= {"step": rule.step_name, "slow": policy.slow or None, "companion": policy.companion or None}
     renamed["master"] = masters.name_of(param_dtype)
     renamed = {**dict.fromkeys(("param", "grad", *NUMBERS)), **renamed}
     known = {name for name in columns if name is not None} == renamed.keys()
-    differs = rule.reads_gradient and (set(hypers) != set(ours) or tuple(moments) != rule.moments)
+    differs = rule.reads_gradient and (
+        set(hypers) != set(ours)
+        or tuple(moments) != rule.moments
+        or squares != [tuple(name in rule.squares for name in rule.moments)]
+    )
     if not known or differs:
         raise RuntimeError(
             f"{module.__name__} was built from other sources than this package: its rule {rule.name!r} has "
             f"{hypers} and {moments}, and its rows {columns}; install lookahead_fused again"
         )
-    return tuple(next(names, None) if name is None else renamed[name] for name in columns)
+    return tuple(next(names) if name is None else renamed[name] for name in columns)
 
 
 @functools.lru_cache(64)

@@ -32,7 +32,7 @@ CACHED, START = "cached_momentum", "average_start"
 NUMBERS = (START, "y_interp", "weight_sum", "lr_max")
 UNIFORM = "uniform"
 DEFAULT_STATE_DTYPE = "float32"
-StateDtype = Literal["float32", "bfloat16"]
+StateDtype = Literal["float32", "bfloat16", "int8"]
 PULLBACK_MODES = ("none", "pullback", "reset")
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _codes as codes
 from . import _masters as masters
 from ._offload import check_offload, hosted, may_be_given, new_hosted
 from ._policies import CACHED, START, Policy
 from ._rules import Rule
-from ._state_dtype import check_dtype_of, check_state_dtype, moment_dtype
+from ._state_dtype import check_moments_of, check_state_dtype, kind_of, moment_dtype
 from ._tensors import (
     check_gradient,
     check_memory,
@@ -56,6 +57,9 @@ class Row:
     companion: Tensor | None
     moments: dict[str, Tensor]
     cached_moment: Tensor | None
+    # Where moments lie in codes, of each of these, by its name.
+    scales: dict[str, Tensor]
+    kinds: dict[str, codes.Kind]
     master: Tensor | None
     moments_loaded: bool
     # Names of entries that lie in pinned host memory, beside a parameter on another device.
@@ -72,6 +76,16 @@ class Row:
     @property
     def has_narrow_moments(self) -> bool:
         return self.moment_dtype != self.compute_dtype
+
+    @property
+    def has_codes(self) -> bool:
+        return self.moment_dtype == codes.DTYPE
+
+    def wide(self, name: str, moment: Tensor) -> Tensor:
+        """A moment as it is computed with: itself, where it is kept so."""
+        if self.has_codes:
+            moment = codes.decoded(moment, self.scales[name], self.kinds[name])
+        return moment.to(self.compute_dtype)
 
     @property
     def stretch(self) -> tuple[int, int]:
@@ -110,9 +124,10 @@ class Row:
         names = ("param", "slow", "companion", "cached_moment", "master")
         tensors: dict[str, Any] = {name: None if (t := getattr(self, name)) is None else t.clone() for name in names}
         moments = {name: moment.clone() for name, moment in self.moments.items()}
+        scales = {name: scale.clone() for name, scale in self.scales.items()}
         count = torch.tensor(float(step), dtype=torch.float64, device=self.step.device)
         zeros = {name: torch.zeros_like(count) for name in self.numbers}
-        return replace(self, **tensors, moments=moments, step=count, numbers=zeros)
+        return replace(self, **tensors, moments=moments, scales=scales, step=count, numbers=zeros)
 
     def show_master(self) -> None:
         """Rounds the owner as its master has it, whose low half says nothing beside a parameter rounded otherwise."""
@@ -195,7 +210,7 @@ def _make_row(
     moments = {}
     for moment, used in zip(rule.moments, rule.moments_in_use(group), strict=True):
         if used and rule.reads_gradient:
-            moments[moment] = own.tensor(moment, of_moments, None)
+            moments[moment] = own.moment(moment, of_moments, kind_of(moment, rule))
         elif used and isinstance(state.get(moment), Tensor):
             moments[moment] = local_tensor(state[moment])
     master = None
@@ -214,7 +229,7 @@ def _make_row(
     cached_moment = None
     first = moments.get(rule.moments[0])
     if first is not None and policy.caches_moment(group):
-        cached_moment = own.tensor(CACHED, of_moments, first, restarts)
+        cached_moment = own.moment(CACHED, of_moments, codes.SIGNED, (rule.moments[0], first), restarts)
     gradient = owner.grad if rule.reads_gradient else None
     if gradient is not None:
         gradient = local_gradient(gradient, owner)
@@ -232,6 +247,8 @@ def _make_row(
         companion,
         moments,
         cached_moment,
+        own.scales,
+        {name: kind_of(name, rule) for name in own.scales},
         master,
         moments_loaded,
         own.hosted,
@@ -263,7 +280,9 @@ def check_state(
         check_whole(state, rule, name)
     looks = rule.reads_gradient or all(rule.moments_in_use(group))
     for key in (*(rule.moments if looks else ()), *policy.as_large):
-        _check_entry(param, state, key, name, read is None or key in read or key == policy.slow)
+        is_read = read is None or key in read or key == policy.slow
+        is_coded = rule.reads_gradient and (key in rule.moments or key == CACHED)
+        _check_entry(param, state, key, name, is_read, is_coded)
     for key in (rule.step_name, *policy.numbers):
         _check_count(state.get(key), key, name)
 
@@ -284,7 +303,9 @@ def check_whole(state: Mapping[str, Any], rule: Rule, name: str) -> None:
         )
 
 
-def _check_entry(param: Tensor, state: Mapping[str, Any], key: str, name: str, is_read: bool) -> None:
+def _check_entry(
+    param: Tensor, state: Mapping[str, Any], key: str, name: str, is_read: bool, may_be_codes: bool
+) -> None:
     value, shape = state.get(key), local_tensor(param).shape
     if value is None:
         return
@@ -298,13 +319,16 @@ def _check_entry(param: Tensor, state: Mapping[str, Any], key: str, name: str, i
         )
     if key == masters.LOW and value.dtype != torch.int16:
         raise TypeError(f"state {key!r} of {name} must be torch.int16, got {value.dtype}")
-    real = value.is_floating_point() or value.is_complex() or key == masters.LOW
+    is_coded = may_be_codes and value.dtype == codes.DTYPE
+    real = value.is_floating_point() or value.is_complex() or key == masters.LOW or is_coded
     if value.device.type == "meta" or not real:
         raise TypeError(
             f"state {key!r} of {name} must be floating-point and hold numbers, got {value.dtype} on {value.device}"
         )
     if is_read:
         check_memory(local_tensor(value), f"state {key!r} of {name}")
+    if is_coded:
+        codes.check_codes(param, value, state, key, name)
 
 
 def _check_count(count: Any, key: str, name: str) -> None:
@@ -346,7 +370,7 @@ def check_row(
     check_parameter(owner, name, takes_complex=not rule.reads_gradient)
     policy.check_dtype(name, owner.dtype, bool(group.get(policy.master_weights)))
     check_state_dtype(group, rule, policy)
-    check_dtype_of(name, owner.dtype, group, policy)
+    check_moments_of(owner, name, group, policy)
     check_offload(policy, group, owner, name)
     check_state(owner, state, rule, policy, group, name, read)
     if rule.reads_gradient and owner.grad is not None:
@@ -422,6 +446,7 @@ class _State:
         self.policy = policy
         self.hosted = () if policy is None or group is None else hosted(policy, group, param.device)
         self.made: dict[str, Any] = {}
+        self.scales: dict[str, Tensor] = {}
         self.dropped: tuple[str, ...] = ()
         self.shown: Tensor | None = None
 
@@ -459,11 +484,52 @@ class _State:
             return self._make(name, dtype, local)
         return local
 
+    def moment(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        kind: codes.Kind,
+        start: tuple[str, Tensor] | None = None,
+        restarts: bool = False,
+    ) -> Tensor:
+        """A moment in its dtype, whatever a checkpoint made of it; where there is none yet it starts as a copy of
+        another one of this row, by its name, or as zeros. What is in codes has its scale in `scales`."""
+        if dtype == codes.DTYPE:
+            return self._coded(name, kind, start, restarts)
+        value, scale = self.entries.get(name), self.entries.get(codes.scale_name(name))
+        if scale is not None:
+            self.dropped = (*self.dropped, codes.scale_name(name))
+            if value is not None and not restarts and (local := local_tensor(value)).dtype == codes.DTYPE:
+                check_memory(local, f"state {name!r}")
+                return self._make(name, dtype, codes.decoded(local, scale, kind))
+        return self.tensor(name, dtype, None if start is None else start[1], restarts)
+
+    def _coded(self, name: str, kind: codes.Kind, start: tuple[str, Tensor] | None, restarts: bool) -> Tensor:
+        value, of_scale = self.entries.get(name), codes.scale_name(name)
+        if value is not None and not restarts:
+            local, scale = local_tensor(value), self.entries.get(of_scale)
+            is_coded = local.dtype == codes.DTYPE
+            if is_coded and has_layout_of(local, self.param):
+                assert scale is not None
+                self.scales[name] = scale
+                return local
+            check_memory(local, f"state {name!r}")
+            made, scale = codes.encoded(codes.decoded(local, scale, kind) if is_coded else local, self.param, kind)
+        elif start is not None:
+            made, scale = start[1], self.scales[start[0]].clone()
+        else:
+            made, scale = None, codes.new_scale(self.param)
+        local = self._make(name, codes.DTYPE, made)
+        self.scales[name] = scale
+        self._keep(of_scale, scale)
+        return local
+
     def master(self) -> Tensor:
         """What is kept of the master, which starts at the parameter; a whole one that a checkpoint has brought decides
         what a bf16 parameter is, to which side it was rounded there and here."""
         param, name = self.param, masters.name_for(self.param)
-        self.dropped = tuple(n for n in masters.NAMES if n != name and self.entries.get(n) is not None)
+        others = (n for n in masters.NAMES if n != name and self.entries.get(n) is not None)
+        self.dropped = (*self.dropped, *others)
         if name == masters.WHOLE:
             return self.tensor(name, torch.float32, param)
         whole = self.entries.get(masters.WHOLE)

@@ -19,8 +19,8 @@ Group = Mapping[str, Any]
 class Rule:
     """One inner optimizer: the name under which every backend has its rule, its arguments and its state's names.
 
-    The first of `moments` is the one that a policy acts on; `moments_in_use` tells which of them a group has, and
-    `always` are those that every group has. Where `corrects_bias`, they mean nothing without the count of updates.
+    The first of `moments` is the one that a policy acts on; `moments_in_use` tells which of them a group has, `always`
+    are those that every group has, and `squares` the means of squares among them, which are never negative. Where `corrects_bias`, they mean nothing without the count of updates.
     `check` raises for arguments that do not go together. Without `first_moment_needs`, an argument, there is no first
     moment, and an optimizer whose policy is to act on it is refused. With `subtracts_moments_with`, another one, a
     difference of moments is what it works with.
@@ -31,6 +31,7 @@ class Rule:
     moments: tuple[str, ...]
     moments_in_use: Callable[[Group], tuple[bool, ...]]
     always: tuple[str, ...] = ()
+    squares: tuple[str, ...] = ()
     corrects_bias: bool = False
     check: Callable[[Group], None] = lambda group: None
     first_moment_needs: str = ""
@@ -70,6 +71,7 @@ ADAM = Rule(
     moments=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     moments_in_use=lambda group: (True, True, bool(group["amsgrad"])),
     always=("exp_avg", "exp_avg_sq"),
+    squares=("exp_avg_sq", "max_exp_avg_sq"),
     corrects_bias=True,
 )
 
@@ -119,6 +121,7 @@ RMSPROP = Rule(
     # A momentum below zero, which a scheduler may leave, has the buffer rest.
     moments_in_use=lambda group: (group["momentum"] != 0, True, bool(group["centered"])),
     always=("square_avg",),
+    squares=("square_avg",),
     first_moment_needs="momentum",
     subtracts_moments_with="centered",
 )
@@ -129,6 +132,7 @@ RADAM = Rule(
     moments=("exp_avg", "exp_avg_sq"),
     moments_in_use=lambda group: (True, True),
     always=("exp_avg", "exp_avg_sq"),
+    squares=("exp_avg_sq",),
     corrects_bias=True,
 )
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from ._policies import DEFAULT_STATE_DTYPE, Policy
+from . import _codes as codes
+from ._policies import CACHED, DEFAULT_STATE_DTYPE, Policy
 from ._rules import Rule
-from ._tensors import compute_dtype
+from ._tensors import compute_dtype, local_tensor
+from ._torch import dtensor_like, is_dtensor, is_plain
 
 # Beside the default, in which moments are kept as they are computed.
-_NARROW = {"bfloat16": torch.bfloat16}
+_NARROW = {"bfloat16": torch.bfloat16, "int8": codes.DTYPE}
 
 _DOCUMENTED = """state_dtype: In which dtype the moments lie in memory, and pullback's copy of the first:
             "float32" (fp64 for fp64 parameters), or "bfloat16" for half of it. They are computed in fp32 and rounded up
@@ -56,8 +59,36 @@ def check_state_dtype(group: Mapping[str, Any], rule: Rule, policy: Policy, name
         )
 
 
-def check_dtype_of(param: str, dtype: torch.dtype, group: Mapping[str, Any], policy: Policy) -> None:
+def check_moments_of(param: Tensor, name: str, group: Mapping[str, Any], policy: Policy) -> None:
     """Raises TypeError for a parameter, by its name in messages, whose moments are not to be narrow."""
     asked = group.get(policy.state_dtype, DEFAULT_STATE_DTYPE)
-    if dtype == torch.float64 and asked != DEFAULT_STATE_DTYPE:
-        raise TypeError(f"{param} must not be float64 with {policy.state_dtype}={asked!r}: its moments are float64")
+    if param.dtype == torch.float64 and asked != DEFAULT_STATE_DTYPE:
+        raise TypeError(f"{name} must not be float64 with {policy.state_dtype}={asked!r}: its moments are float64")
+    if _NARROW.get(asked) == codes.DTYPE and not is_plain(local := local_tensor(param)):
+        raise TypeError(
+            f"{name} must be a Tensor with memory of its own with {policy.state_dtype}={asked!r}, got a "
+            f"{type(local).__name__}: only its own class knows where its memory lies"
+        )
+
+
+def kind_of(moment: str, rule: Rule) -> codes.Kind:
+    """How a moment of a rule, or the first one's copy, is kept in codes."""
+    return codes.SQUARES if moment in rule.squares else codes.SIGNED
+
+
+def without_codes(owner: Tensor, own: Mapping[str, Any], rule: Rule, but: Container[str] = ()) -> dict[str, Any]:
+    """A parameter's state in which what lies in codes is in bf16, and there are no scales.
+
+    Args:
+        but: Entries that stay as they are.
+    """
+    made = dict(own)
+    for moment in (*rule.moments, CACHED):
+        value, scale = own.get(moment), own.get(codes.scale_name(moment))
+        if moment in but or not (isinstance(value, Tensor) and isinstance(scale, Tensor)):
+            continue
+        del made[codes.scale_name(moment)]
+        if value.dtype == codes.DTYPE:
+            wide = codes.decoded(local_tensor(value), scale, kind_of(moment, rule))
+            made[moment] = dtensor_like(owner, wide) if is_dtensor(owner) else wide
+    return made

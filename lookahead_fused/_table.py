@@ -19,7 +19,7 @@ from ._hyperparameters import check, check_step
 from ._interrupts import uninterrupted
 from ._norm import Clip, Norm, Order
 from ._parts import Part, Pass, PlainPart, Spec, State, Tuning, layers
-from ._policies import Policy
+from ._policies import DEFAULT_STATE_DTYPE, Policy
 from ._rows import (
     Row,
     average_of,
@@ -31,7 +31,7 @@ from ._rows import (
     read_in_a_sync,
 )
 from ._rules import Rule
-from ._state_dtype import check_dtype_of, check_state_dtype
+from ._state_dtype import check_moments_of, check_state_dtype
 from ._tensors import check_memory, local_tensor
 from ._torch import Gradless, dispatch_mode_is_on, is_plain
 from .backends import backend_argument, choose
@@ -85,7 +85,7 @@ class Table:
         for param in group.get("params", ()):
             if isinstance(param, Tensor):
                 self.policy.check_dtype("a parameter", param.dtype, bool(group.get(self.policy.master_weights)))
-                check_dtype_of("a parameter", param.dtype, group, self.policy)
+                check_moments_of(param, "a parameter", group, self.policy)
         needs = self.rule.first_moment_needs
         if needs and self.policy.acts_on_moment(group) and not self.rule.moments_in_use(group)[0]:
             raise self.policy.no_first_moment(group, f"{needs}={group[needs]!r}")
@@ -366,6 +366,12 @@ class Table:
         self.check_master(group, self.policy.master_weights)
         key = self.policy.backend
         found: ModuleType = backend_for(group[key], local_tensor(param).device, key)
+        asked = group.get(self.policy.state_dtype, DEFAULT_STATE_DTYPE)
+        if asked not in found.STATE_DTYPES:
+            raise RuntimeError(
+                f"{self.policy.state_dtype}={asked!r} must not be asked of backend {found.NAME!r} for {name}, which "
+                f"serves {', '.join(map(repr, found.STATE_DTYPES))}"
+            )
         return found
 
     def _rehearse(self, member: Member, state: State) -> None:

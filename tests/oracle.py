@@ -415,7 +415,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     """Equal to the bit, the sign of zero included; one NaN is as good as another."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    integer = {2: np.uint16, 4: np.uint32, 8: np.uint64}[a.dtype.itemsize]
+    integer = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[a.dtype.itemsize]
     equal = np.ascontiguousarray(a).view(integer) == np.ascontiguousarray(b).view(integer)
     return bool(np.all(equal | (np.isnan(a) & np.isnan(b)).reshape(equal.shape)))
 

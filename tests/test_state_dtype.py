@@ -7,90 +7,32 @@ import io
 import math
 import pickle
 import re
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    EXTERNAL_CLASSES,
-    LOOKAHEAD_CLASSES,
-    BackendCase,
-    make_grads,
-    make_params,
-    same_tensor_bits,
-    seeded,
-    set_grad,
-    tune,
+from helpers import EXTERNAL_CLASSES, BackendCase, make_params, same_tensor_bits, seeded, tune
+from narrow import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    MOMENTS,
+    OPTIMIZERS,
+    REFERENCE,
+    SHAPES,
+    assert_same,
+    made,
+    of_class,
+    run,
 )
-from torch import Tensor
 
 import lookahead_fused
 from lookahead_fused import EMA, GPA, Lion, Lookahead, ScheduleFree
 from lookahead_fused._parts import CHUNK_ELEMENTS
+from lookahead_fused.backends import BACKENDS
 
-BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-REFERENCE = BackendCase("reference", "cpu", 0.0)
-SHAPES = ((7,), (3, 5), (), (260,), (0,), (2, 3, 4, 5))
-Make = Callable[[Any, str], torch.optim.Optimizer]
-
-
-def of_class(rule: str, **hyper: Any) -> Make:
-    hyper = {"lr": 0.05, "k": 3, **hyper}
-    return lambda params, backend: LOOKAHEAD_CLASSES[rule](params, **hyper, state_dtype="bfloat16", backend=backend)
-
-
-def around(wrapper: Any, base: Any, of_base: dict[str, Any], **settings: Any) -> Make:
-    settings = {"state_dtype": "bfloat16", **settings}
-    return lambda params, backend: wrapper(base(params, **of_base), **settings, backend=backend)
-
-
-ADAMW, SGD = {"lr": 0.05, "weight_decay": 0.1}, {"lr": 0.05, "momentum": 0.9}
-OPTIMIZERS: dict[str, Make] = {
-    "adamw": of_class("adamw", weight_decay=0.1, outer_momentum=0.5),
-    "adam amsgrad pullback": of_class("adam", amsgrad=True, pullback_momentum="pullback", alpha=0.3),
-    "sgd reset": of_class("sgd", momentum=0.9, nesterov=True, pullback_momentum="reset"),
-    "sgd without state": of_class("sgd"),
-    "rmsprop pullback": of_class("rmsprop", momentum=0.9, pullback_momentum="pullback"),
-    "radam": of_class("radam", betas=(0.9, 0.8)),
-    "lion pullback": of_class("lion", pullback_momentum="pullback", weight_decay=0.1),
-    "lion alone": lambda params, backend: Lion(params, lr=0.05, state_dtype="bfloat16", backend=backend),
-    "lookahead": around(Lookahead, torch.optim.AdamW, ADAMW, k=2, pullback_momentum="pullback"),
-    "ema": around(EMA, torch.optim.SGD, SGD, decay=0.9),
-    "ema of rmsprop": around(EMA, torch.optim.RMSprop, {"lr": 0.05, "momentum": 0.9}, decay="uniform", every=2),
-    "gpa": around(GPA, torch.optim.AdamW, ADAMW | {"amsgrad": True}, master_weights=True),
-    "gpa of rmsprop": around(GPA, torch.optim.RMSprop, {"lr": 0.05, "momentum": 0.9}, master_weights=True),
-    "schedule free": around(ScheduleFree, torch.optim.RAdam, {"lr": 0.05}, master_weights=True),
-}
-MASTERS = [name for name in OPTIMIZERS if name.startswith(("gpa", "schedule"))]
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "cached_momentum")
-
-
-def run(
-    optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: range, grad_dtype: torch.dtype | None = None
-) -> None:
-    for t in steps:
-        for p, g in zip(params, make_grads(params, generator=seeded(t), dtype=grad_dtype), strict=True):
-            set_grad(p, g)
-        optimizer.step()
-
-
-def assert_same(
-    optimizer: torch.optim.Optimizer, params: Sequence[Tensor], other: torch.optim.Optimizer, others: Sequence[Tensor]
-) -> None:
-    for i, (p, q) in enumerate(zip(params, others, strict=True)):
-        own, its = optimizer.state[p], other.state[q]
-        assert own.keys() == its.keys()
-        for name, a, b in (("param", p, q), *((n, own[n], its[n]) for n in own)):
-            assert same_tensor_bits(a, b), f"{name} of parameter {i}"
-
-
-def made(make: Make, backend: BackendCase, dtype: torch.dtype = FP32) -> tuple[torch.optim.Optimizer, list[Any]]:
-    params = make_params(SHAPES, dtype, device=backend.device)
-    # In an order of its own, by which its elements are counted.
-    params[-1].data = params[-1].data.contiguous(memory_format=torch.channels_last)
-    return make(params, backend.name), params
-
+narrow_ones = pytest.mark.parametrize("narrow", ["bfloat16", "int8"])
 
 # ------------------------------------------------------------------------------------------------------------
 # what is computed
@@ -154,9 +96,7 @@ def test_chunks_threads_and_instruction_sets_change_no_bit(chunk_elements: int) 
 def test_moments_are_rounded_in_a_step_and_used_before_that(backend: BackendCase) -> None:
     """A first step's update is that of fp32 moments; what is kept is one of the two bf16 numbers beside each."""
     optimizer, params = made(of_class("adamw"), backend)
-    wide, others = made(
-        lambda params, backend: lookahead_fused.LookaheadAdamW(params, lr=0.05, k=3, backend=backend), backend
-    )
+    wide, others = made(of_class("adamw"), backend, state_dtype="float32")
     run(optimizer, params, range(1, 2))
     run(wide, others, range(1, 2))
     for p, q in zip(params, others, strict=True):
@@ -308,9 +248,9 @@ def test_a_base_that_is_stepped_alone_finds_its_own_dtypes() -> None:
 # what is refused
 
 
-@pytest.mark.parametrize("value", ["int8", "float16", torch.bfloat16, None])
+@pytest.mark.parametrize("value", ["int4", "float16", torch.bfloat16, None])
 def test_another_dtype_is_refused(value: Any) -> None:
-    said = re.escape(f"state_dtype must be one of 'float32', 'bfloat16', got {value!r}")
+    said = re.escape(f"state_dtype must be one of 'float32', 'bfloat16', 'int8', got {value!r}")
     with pytest.raises(ValueError, match=f"^{said}"):
         lookahead_fused.LookaheadAdamW(make_params(), state_dtype=value)
     with pytest.raises(ValueError, match=f"^{said}"):
@@ -319,49 +259,57 @@ def test_another_dtype_is_refused(value: Any) -> None:
         Lookahead(torch.optim.AdamW([{"params": make_params(), "lookahead_state_dtype": value}]))
 
 
-def test_fp64_parameters_are_refused(backend: BackendCase) -> None:
-    with pytest.raises(TypeError, match=r"^a parameter must not be float64 with state_dtype='bfloat16'"):
-        lookahead_fused.LookaheadAdamW(make_params(dtype=FP64), state_dtype="bfloat16")
-    with pytest.raises(TypeError, match=r"^a parameter must not be float64 with ema_state_dtype='bfloat16'"):
-        EMA(torch.optim.AdamW(make_params(dtype=FP64)), state_dtype="bfloat16")
-    optimizer, params = made(of_class("adamw"), backend)
+@narrow_ones
+def test_fp64_parameters_are_refused(backend: BackendCase, narrow: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^a parameter must not be float64 with state_dtype='{narrow}'"):
+        lookahead_fused.LookaheadAdamW(make_params(dtype=FP64), state_dtype=narrow)
+    with pytest.raises(TypeError, match=rf"^a parameter must not be float64 with ema_state_dtype='{narrow}'"):
+        EMA(torch.optim.AdamW(make_params(dtype=FP64)), state_dtype=narrow)
+    if narrow not in BACKENDS[backend.name].STATE_DTYPES:
+        return
+    optimizer, params = made(of_class("adamw"), backend, state_dtype=narrow)
     run(optimizer, params, range(1, 2))
     params[1].data = params[1].data.double()
     params[1].grad = None
     before = copy.deepcopy(optimizer.state_dict()["state"])
-    with pytest.raises(TypeError, match=r"^parameter 1 of group 0 must not be float64 with state_dtype='bfloat16'"):
+    with pytest.raises(TypeError, match=rf"^parameter 1 of group 0 must not be float64 with state_dtype='{narrow}'"):
         run(optimizer, params, range(2, 3))
     after = optimizer.state_dict()["state"]
     assert all(same_tensor_bits(before[i][name], after[i][name]) for i in before for name in before[i])
 
 
+@narrow_ones
 @pytest.mark.parametrize("wrapper", [Lookahead, EMA, GPA, ScheduleFree])
 @pytest.mark.parametrize("base", EXTERNAL_CLASSES)
-def test_a_base_that_is_not_fused_is_refused(wrapper: Any, base: str) -> None:
-    said = "state_dtype must be 'float32' around an optimizer whose step is its own, got 'bfloat16'"
+def test_a_base_that_is_not_fused_is_refused(wrapper: Any, base: str, narrow: str) -> None:
+    said = f"state_dtype must be 'float32' around an optimizer whose step is its own, got '{narrow}'"
     with pytest.raises(ValueError, match=f"^{said}"):
-        wrapper(EXTERNAL_CLASSES[base](make_params()), state_dtype="bfloat16")
+        wrapper(EXTERNAL_CLASSES[base](make_params()), state_dtype=narrow)
     optimizer = wrapper(EXTERNAL_CLASSES[base](make_params()))
     prefix = optimizer.policy.prefix
     with pytest.raises(ValueError, match=f"^{prefix}{said}"):
-        optimizer.add_param_group({"params": make_params(), prefix + "state_dtype": "bfloat16"})
+        optimizer.add_param_group({"params": make_params(), prefix + "state_dtype": narrow})
 
 
-def test_centered_rmsprop_is_refused(backend: BackendCase) -> None:
+@narrow_ones
+def test_centered_rmsprop_is_refused(backend: BackendCase, narrow: Any) -> None:
     """The variance is a difference of two moments: rounded, it may fall below 0, and its root is NaN."""
-    said = r"state_dtype must be 'float32' with centered=True, got 'bfloat16'"
+    said = rf"state_dtype must be 'float32' with centered=True, got '{narrow}'"
     with pytest.raises(ValueError, match=f"^{said}"):
-        lookahead_fused.LookaheadRMSprop(make_params(), centered=True, state_dtype="bfloat16")
+        lookahead_fused.LookaheadRMSprop(make_params(), centered=True, state_dtype=narrow)
     with pytest.raises(ValueError, match=f"^(gpa_)?{said}"):
-        GPA(torch.optim.RMSprop(make_params(), centered=True), state_dtype="bfloat16")
-    optimizer, params = made(of_class("rmsprop"), backend)
+        GPA(torch.optim.RMSprop(make_params(), centered=True), state_dtype=narrow)
+    if narrow not in BACKENDS[backend.name].STATE_DTYPES:
+        return
+    optimizer, params = made(of_class("rmsprop"), backend, state_dtype=narrow)
     run(optimizer, params, range(1, 2))
     optimizer.param_groups[0]["centered"] = True
     with pytest.raises(ValueError, match=f"^{said}"):
         run(optimizer, params, range(2, 3))
 
 
-def test_a_lion_that_is_wrapped_leaves_it_to_the_wrapper() -> None:
-    said = re.escape("base_optimizer must have state_dtype='float32', got 'bfloat16': give state_dtype='bfloat16' to")
+@narrow_ones
+def test_a_lion_that_is_wrapped_leaves_it_to_the_wrapper(narrow: Any) -> None:
+    said = re.escape(f"base_optimizer must have state_dtype='float32', got '{narrow}': give state_dtype='{narrow}' to")
     with pytest.raises(ValueError, match=f"^{said}"):
-        EMA(Lion(make_params(), state_dtype="bfloat16"))
+        EMA(Lion(make_params(), state_dtype=narrow))

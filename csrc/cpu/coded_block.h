@@ -50,48 +50,53 @@ class CodedBlock {
         // Lane by lane with `place` in it, GCC would go through memory.
         for (int i = 0; i < N; ++i) lane[i] = i;
         for (int i = 0; i < count; i += N) random[i / N] = mixed(lane + (place + static_cast<uint32_t>(i)));
-        for (int m = 0; m < Rule::MOMENTS; ++m) {
-            if (arrays.moment[m] == nullptr) continue;
+        write_moments<0>(arrays, scales, count, random, with_cached);
+    }
+
+   private:
+    template <int M>
+    LF_HD void write_moments(const Arrays& arrays, const ScaleArrays<Rule>& scales, int count, const Word* random,
+                             bool with_cached) {
+        if (arrays.moment[M] != nullptr) {
             alignas(64) Code codes[CODE_BLOCK];
-            const uint32_t top = Rule::squares[m] ? encode<true>(m, count, random, codes)
-                                                  : encode<false>(m, count, random, codes);
-            const uint32_t scale = top << Codes<false>::SHIFT;
-            std::memcpy(scales.moment[m] + block_, &scale, sizeof(scale));
-            std::memcpy(arrays.moment[m] + first_, codes, count);
-            if (m == 0 && with_cached) {
+            const uint32_t scale = encode<M>(count, random, codes);
+            std::memcpy(scales.moment[M] + block_, &scale, sizeof(scale));
+            std::memcpy(arrays.moment[M] + first_, codes, count);
+            if (M == 0 && with_cached) {
                 std::memcpy(scales.cached + block_, &scale, sizeof(scale));
                 std::memcpy(arrays.cached + first_, codes, count);
             }
         }
+        if constexpr (M + 1 < Rule::MOMENTS) write_moments<M + 1>(arrays, scales, count, random, with_cached);
     }
 
-   private:
     LF_HD uint32_t top(int m, const float* scales) const {
         uint32_t bits;
         std::memcpy(&bits, scales + block_, sizeof(bits));
         return Rule::squares[m] ? Codes<true>::top_in(bits) : Codes<false>::top_in(bits);
     }
 
-    // The block's new top. The numbers behind the last element count as zeros.
-    template <bool SQUARES>
-    LF_HD uint32_t encode(int m, int count, const Word* random, Code* codes) {
+    // The bits of the block's new scale. The numbers behind the last element count as zeros.
+    template <int M>
+    LF_HD uint32_t encode(int count, const Word* random, Code* codes) {
+        using Kind = Codes<Rule::squares[M]>;
         using Value = Vec<float, N>;
         using Signed = typename Register<int32_t, N>::Type;
-        for (int i = count; i % N != 0; ++i) made_[m][i] = 0.0f;
+        for (int i = count; i % N != 0; ++i) made_[M][i] = 0.0f;
         Word largest{};
         for (int i = 0; i < count; i += N) {
-            const Value value = Memory<float, N, float>::load(made_[m] + i);
-            const Word magnitude = Codes<SQUARES>::magnitude(bit_cast<Word>(value.native));
+            const Value value = Memory<float, N, float>::load(made_[M] + i);
+            const Word magnitude = Kind::magnitude(bit_cast<Word>(value.native));
             largest = (Signed)magnitude > (Signed)largest ? magnitude : largest;
         }
         uint32_t all = 0;
         for (int i = 0; i < N; ++i) all = largest[i] > all ? largest[i] : all;
-        const uint32_t top = Codes<SQUARES>::top_of(all);
+        const uint32_t top = Kind::top_of(all);
         for (int i = 0; i < count; i += N) {
-            const Value value = Memory<float, N, float>::load(made_[m] + i);
-            CodeMemory<N, SQUARES>::store(codes + i, value, random_half(random[i / N], m), top);
+            const Value value = Memory<float, N, float>::load(made_[M] + i);
+            CodeMemory<N, Rule::squares[M]>::store(codes + i, value, random_half(random[i / N], M), top);
         }
-        return top;
+        return Kind::scale_bits(top);
     }
 
     int64_t first_, block_;

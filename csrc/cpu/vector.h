@@ -248,13 +248,59 @@ struct CodeMemory {
     using Byte = typename Register<uint8_t, N>::Type;
 
     static LF_HD Vec<float, N> load(const Code* from, uint32_t top) {
-        Byte bytes;
-        std::memcpy(&bytes, from, sizeof(bytes));
-        const Word code = __builtin_convertvector(bytes, Word);
-        return {bit_cast<typename Vec<float, N>::Native>(Codes<SQUARES>::decoded(code, top))};
+        return {bit_cast<typename Vec<float, N>::Native>(Codes<SQUARES>::decoded(widened(from), top))};
     }
     static LF_HD void store(Code* to, Vec<float, N> value, Word random, uint32_t top) {
-        const Word code = Codes<SQUARES>::encoded(bit_cast<Word>(value.native), random, top);
+        narrow(Codes<SQUARES>::encoded(bit_cast<Word>(value.native), random, top), to);
+    }
+
+   private:
+    // Of so different widths GCC converts byte by byte.
+    static LF_HD Word widened(const Code* from) {
+#if defined(__AVX512F__)
+        if constexpr (N == 16) return (Word)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#endif
+#if defined(__AVX2__)
+        if constexpr (N == 8) return (Word)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#endif
+#if defined(__SSE2__)
+        if constexpr (N == 4) {
+            int32_t four;
+            std::memcpy(&four, from, sizeof(four));
+            const __m128i none = _mm_setzero_si128(), bytes = _mm_cvtsi32_si128(four);
+            return (Word)_mm_unpacklo_epi16(_mm_unpacklo_epi8(bytes, none), none);
+        }
+#endif
+        Byte bytes;
+        std::memcpy(&bytes, from, sizeof(bytes));
+        return __builtin_convertvector(bytes, Word);
+    }
+
+    // Of words that are bytes' values.
+    static LF_HD void narrow(Word code, Code* to) {
+#if defined(__AVX512F__)
+        if constexpr (N == 16) {
+            const __m128i bytes = _mm512_cvtepi32_epi8((__m512i)code);
+            std::memcpy(to, &bytes, sizeof(bytes));
+            return;
+        }
+#endif
+#if defined(__AVX2__)
+        if constexpr (N == 8) {
+            const __m256i words = (__m256i)code;
+            const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+            _mm_storel_epi64((__m128i*)to, _mm_packus_epi16(halves, halves));
+            return;
+        }
+#endif
+#if defined(__SSE2__)
+        if constexpr (N == 4) {
+            const __m128i halves = _mm_packs_epi32((__m128i)code, (__m128i)code);
+            const int32_t four = _mm_cvtsi128_si32(_mm_packus_epi16(halves, halves));
+            std::memcpy(to, &four, sizeof(four));
+            return;
+        }
+#endif
         const auto bytes = __builtin_convertvector(code, Byte);
         std::memcpy(to, &bytes, sizeof(bytes));
     }

@@ -30,7 +30,7 @@ std::vector<Names> rules_of(List<Members...>) {
     return {Names{Members::name,
                   hyper_names_of<Members>(),
                   {std::begin(Members::moment_names), std::end(Members::moment_names)},
-                  {std::begin(Members::squares), std::end(Members::squares)}}...};
+                  std::vector<bool>(std::begin(Members::squares), std::end(Members::squares))}...};
 }
 
 template <class... Members>

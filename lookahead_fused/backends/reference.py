@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -17,12 +17,13 @@ from torch import Tensor
 from .. import _masters as masters
 from .._hyperparameters import Argument
 from .._parts import Part, PlainPart, Spec
-from .._policies import START, Ema, Gpa, Lookahead
+from .._policies import CACHED, START, Ema, Gpa, Lookahead, StateDtype
 from .._rows import Row
-from .reference_state import rounded
+from .reference_state import encoded, rounded
 
 NAME = "reference"
 DEVICES = None
+STATE_DTYPES = get_args(StateDtype)
 
 
 def unavailable(device: torch.device | None = None) -> str:
@@ -52,7 +53,7 @@ def step(row: Row, spec: Spec, grad_scale: float, clip: float, event_later: bool
         p = start if steps == 1 else row.slow.to(start.device, copy=True)
     moments = dict(row.moments)
     if row.has_narrow_moments:
-        moments = {name: moment.to(row.compute_dtype) for name, moment in moments.items()}
+        moments = {name: row.wide(name, moment) for name, moment in moments.items()}
     if spec.rule.reads_gradient:
         assert row.gradient is not None
         hyper = {
@@ -68,7 +69,7 @@ def step(row: Row, spec: Spec, grad_scale: float, clip: float, event_later: bool
     after = After(p, slow)
     if not event_later:
         after = POLICIES[spec.policy.name](row, spec, steps, start, p, slow, moments)
-    _write(row, spec, after, moments, steps, own_pass=False)
+    _write(row, spec, after, moments, row.moments, steps, own_pass=False)
     row.step.add_(1)
 
 
@@ -77,10 +78,11 @@ def sync(row: Row, spec: Spec) -> None:
     applied = int(row.step.item())
     if applied == 0:
         return
-    moments = dict(row.moments)
+    before = {name: row.wide(name, moment) for name, moment in row.moments.items()}
+    moments = dict(before)
     p = _weights(row)
     after = POLICIES[spec.policy.name](row, spec, None, p, p, row.slow, moments)
-    _write(row, spec, after, moments, applied, own_pass=True)
+    _write(row, spec, after, moments, before, applied, own_pass=True)
 
 
 @dataclass
@@ -115,8 +117,7 @@ def _lookahead(
     first = spec.rule.moments[0]
     if first in moments and pullback == "pullback":
         assert cached is not None
-        dtype = row.compute_dtype
-        cached = moments[first] = _lerp(cached.to(dtype), moments[first].to(dtype), min(alpha, 1.0))
+        cached = moments[first] = _lerp(row.wide(CACHED, cached), moments[first], min(alpha, 1.0))
     if first in moments and pullback == "reset":
         moments[first] = torch.zeros_like(moments[first])
     return After(slow, slow, cached, outer)
@@ -182,12 +183,24 @@ def _weights(row: Row) -> Tensor:
     return masters.read(row.param, row.master).to(row.compute_dtype, copy=True)
 
 
-def _write(row: Row, spec: Spec, after: After, moments: Mapping[str, Tensor], updates: int, own_pass: bool) -> None:
-    """All has been computed; nothing was changed before."""
+def _write(
+    row: Row,
+    spec: Spec,
+    after: After,
+    moments: Mapping[str, Tensor],
+    before: Mapping[str, Tensor],
+    updates: int,
+    own_pass: bool,
+) -> None:
+    """All has been computed; nothing was changed before. A moment that is what it was before stays."""
 
-    def write_moment(kept: Tensor, made: Tensor, place: int) -> None:
-        if row.has_narrow_moments:
-            made = rounded(made.to(row.compute_dtype), row.param, place, updates, own_pass)
+    def write_moment(name: str, kept: Tensor, made: Tensor, place: int) -> None:
+        draw = row.param, place, updates, own_pass
+        if row.has_codes:
+            made, scale = encoded(made, row.kinds[name], *draw)
+            row.scales[name].copy_(scale)
+        elif row.has_narrow_moments:
+            made = rounded(made, *draw)
         kept.copy_(made)
 
     masters.write(after.p, row.param, row.master)
@@ -197,12 +210,12 @@ def _write(row: Row, spec: Spec, after: After, moments: Mapping[str, Tensor], up
             kept.copy_(made)
     if after.cached is not None and row.cached_moment is not None:
         # By the first moment's draw: the two are equal.
-        write_moment(row.cached_moment, after.cached, 0)
+        write_moment(CACHED, row.cached_moment, after.cached, 0)
     for name, number in after.numbers.items():
         row.numbers[name].fill_(number)
     for name, moment in moments.items():
-        if moment is not row.moments[name]:
-            write_moment(row.moments[name], moment, spec.rule.moments.index(name))
+        if moment is not before[name]:
+            write_moment(name, row.moments[name], moment, spec.rule.moments.index(name))
 
 
 def _values(argument: Argument, group: Mapping[str, Any]) -> tuple[Any, ...]:

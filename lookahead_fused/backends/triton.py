@@ -29,6 +29,7 @@ from .gpu import LentUsedOn, PinnedUsedOn, UsedOn, moved_while_capturing, no_tab
 NAME = "triton"
 # CUDA is AMD's ROCm too. For the last two there are drivers outside of Triton's own releases.
 DEVICES: tuple[str, ...] = ("cuda", "xpu", "npu", "mtia")
+STATE_DTYPES: tuple[str, ...] = ("float32", "bfloat16")
 
 # The first that compiles the kernels, and the torch that brings it. What each since then makes of them,
 # `test_triton_code.py` reads.
