@@ -13,7 +13,7 @@ import functools
 import importlib
 from contextlib import nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -23,13 +23,14 @@ from .. import _build as build
 from .._captures import allowed_to_wait
 from .._norm import ClipOnDevice
 from .._parts import CompiledPart, Part, Pass, Spec
+from .._policies import StateDtype
 from .._tensors import compute_dtype, count_device
 from .gpu import LentUsedOn, PinnedUsedOn, UsedOn, moved_while_capturing, no_table_to_capture
 
 NAME = "triton"
 # CUDA is AMD's ROCm too. For the last two there are drivers outside of Triton's own releases.
 DEVICES: tuple[str, ...] = ("cuda", "xpu", "npu", "mtia")
-STATE_DTYPES: tuple[str, ...] = ("float32", "bfloat16")
+STATE_DTYPES = get_args(StateDtype)
 
 # The first that compiles the kernels, and the torch that brings it. What each since then makes of them,
 # `test_triton_code.py` reads.
@@ -182,7 +183,7 @@ class Stepper:
         skip = self.no_inf if found_inf is None else found_inf
         row_programs = -(-self.row_count // self.kernels.ROWS.value)
         sizes = self.row_count, self.packed.gradients
-        # As triton_kernels.rows takes it.
+        # As triton_prologue.rows takes it.
         pass_ = {Pass.STEP: 0, Pass.SYNC: 1, Pass.INNER: 2}[part.pass_]
         rows = (self.fixed, moving, self.steps, scale, factor, skip, *sizes, pass_, rule, self.policy)
         places = self.packed.chunks, self.packed.gradients

@@ -1,8 +1,8 @@
-"""The walk over a table in Triton: a lane for each row, then a program for each chunk.
+"""The walk over a table in Triton: a program for each chunk, after the launch for the rows in `triton_prologue.py`.
 
-It stands here as in `csrc/table/prologue.h` and `csrc/cuda/walk.cuh`, under the same names and in the same order of
-operations, so that the two can be read side by side; rules stand in `triton_rules.py`, policies in
-`triton_policies.py`. Where a table's fields stand is asked of the compiled module.
+It stands here as in `csrc/cuda/walk.cuh`, under the same names and in the same order of operations, so that the two can
+be read side by side; rules stand in `triton_rules.py`, policies in `triton_policies.py`. Where a table's fields stand
+is asked of the compiled module.
 
 A condition on which an array depends is a mask, the same for a whole block: the accesses stay as wide and need no jump,
 so that all of an element's loads are under way at once.
@@ -12,146 +12,39 @@ from __future__ import annotations
 
 from collections import namedtuple
 
+import torch
 import triton
 import triton.language as tl
 
 from .._tensors import PARAM_DTYPES
+from .triton_codes import CODE, codes_of, decoded, top_in
 from .triton_policies import (
     POLICIES,
     RECOVERY,
     SLOW_COEFFICIENTS,
-    PolicyInputs,
-    PolicyNumbers,
     SlowStep,
     slow_average,
     slow_averaged,
     slow_moment,
     slow_weights,
 )
+from .triton_prologue import KEY, gradient_of, read, rows
 from .triton_rules import LAYOUT, ROWS, RULES
-from .triton_state import mixed, random_half, rounded_without_bias, rounding_key
+from .triton_state import mixed, random_half, rounded_without_bias
 
 __all__ = ["DTYPES", "KEY", "POLICIES", "ROWS", "RULES", "SLOW_COEFFICIENTS", "THREADS", "chunks", "rows"]
 
 constexpr = tl.constexpr
 globals().update(LAYOUT)
-POLICY_NUMBERS = constexpr(len(PolicyNumbers._fields))
 
 # Of a program of `chunks` the elements that it takes at a time, and its threads: eight elements each, 16 bytes of the
 # smallest dtype.
 BLOCK = constexpr(1024)
-# The same at the end of a chunk, and where it is not aligned, of a row whose policy averages.
+# The same where moments are codes: four elements for each thread, 16 bytes of fp32, and a block of codes for each warp.
+CODED = constexpr(512)
+# At the end of a chunk, and where it is not aligned, of a row whose policy averages or whose moments are codes.
 TAIL = constexpr(256)
-# Numbers after a row's coefficients: the key by which its moments are rounded.
-KEY = constexpr(1)
 THREADS = BLOCK.value // 8
-
-# ---- csrc/table/prologue.h
-
-
-@triton.jit
-def read(struct, offset: constexpr, dtype: constexpr, mask=None, other: constexpr = 0):
-    """The field that stands so many bytes into a struct."""
-    pointer = (struct + offset).to(tl.pointer_type(dtype), bitcast=True)
-    return tl.load(pointer) if mask is None else tl.load(pointer, mask=mask, other=other)
-
-
-@triton.jit
-def gradient_of(moving, gradients_at, found_inf, i, mask=None):
-    """The address of row i's gradient; null where it is not updated. Whatever found_inf is but zero holds, NaN too."""
-    return tl.where(tl.load(found_inf) == 0, read(moving + gradients_at + i * 8, 0, tl.int64, mask), 0)
-
-
-@triton.jit
-def lives_of(group, mask):
-    """Of each hyperparameter that may be a tensor: its slot, -1 where it is none, and the number in it."""
-    lives = ()
-    for j in tl.static_range(LIVES):
-        at = read(group, GROUP_LIVE + j * LIVE, tl.int64, mask)
-        is_double = read(group, GROUP_LIVE + j * LIVE + LIVE_IS_DOUBLE, tl.int32, mask) != 0
-        single = tl.load(at.to(tl.pointer_type(tl.float32)), mask=mask & (at != 0) & ~is_double, other=0.0)
-        double = tl.load(at.to(tl.pointer_type(tl.float64)), mask=mask & (at != 0) & is_double, other=0.0)
-        slot = tl.where(at != 0, read(group, GROUP_LIVE + j * LIVE + LIVE_SLOT, tl.int32, mask), -1)
-        lives += ((slot, tl.where(is_double, double, single.to(tl.float64))),)
-    return lives
-
-
-@triton.jit
-def hypers_of(group, lives, offset: constexpr, first_slot: constexpr, count: constexpr, mask, other: constexpr):
-    values = ()
-    for j in tl.static_range(count):
-        value = read(group, offset + j * 8, tl.float64, mask, other)
-        for k in tl.static_range(LIVES):
-            value = tl.where(lives[k][0] == first_slot + j, lives[k][1], value)
-        values += (value,)
-    return values
-
-
-@triton.jit
-def number_at(row, column: constexpr, active):
-    """The address of a scalar column's number, whether the row has one, and the number, or 0."""
-    address = read(row, column, tl.int64, active)
-    has = active & (address != 0)
-    pointer = address.to(tl.pointer_type(tl.float64))
-    return pointer, has, tl.load(pointer, mask=has, other=0.0)
-
-
-@triton.jit(do_not_specialize=["grad_scale", "clip", "found_inf", "row_count", "gradients_at", "pass_"])
-def rows(
-    fixed,
-    moving,
-    steps,
-    grad_scale,
-    clip,
-    found_inf,
-    row_count,
-    gradients_at,
-    pass_,
-    rule: constexpr,
-    policy: constexpr,
-):
-    """Advances the step counter of every row that takes part, and writes the coefficients of its update.
-
-    `pass_` is 0 in a step, 1 in a sync, in which no counter advances, and 2 in a step whose event comes later.
-    """
-    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    active = gradient_of(moving, gradients_at, found_inf, i, i < row_count) != 0
-    row = fixed + i * ROW
-    group = moving + read(row, ROW_GROUP, tl.int32, active).to(tl.int64) * GROUP
-    counter, has_counter, applied = number_at(row, ROW_STEP, active)
-    own = ()
-    for j in tl.static_range(POLICY_NUMBERS):
-        own += (number_at(row, ROW_AVERAGE_START + j * 8, active)[2],)
-
-    step = applied.to(tl.int64) + 1
-    first = (step == 1) & (read(row, ROW_MOMENTS_LOADED, tl.int32, active) == 0)
-
-    # Where the inner step was done elsewhere, theta has moved already, and phi was taken before that.
-    captures = (step == 1) & rule.reads_gradient
-    now = (pass_ == 1) & (applied > 0)
-    # A lane that has no row divides by numbers of its own: a period must not be 0, nor a beta 1.
-    lives = lives_of(group, active)
-    of_policy = hypers_of(group, lives, GROUP_POLICY, POLICY_SLOT, policy.hypers, active, 1)
-    of_rule = hypers_of(group, lives, GROUP_RULE, 0, rule.hypers, active, 0)
-    lr = of_rule[0]
-    at = PolicyInputs(step=step, captures=captures, by_count=pass_ == 0, now=now, lr=lr)
-    slow, after = policy.prepare(of_policy, at, own)
-    advances = pass_ != 1
-    tl.store(counter, applied + 1.0, mask=has_counter & advances)
-    for j in tl.static_range(1, POLICY_NUMBERS):
-        pointer, has, _ = number_at(row, ROW_AVERAGE_START + j * 8, active)
-        tl.store(pointer, after[j], mask=has & advances)
-    factor = 1.0 / tl.load(grad_scale).to(tl.float64) * tl.load(clip)
-    values = slow + rule.prepare(of_rule, step, lr, factor, first)
-    count: constexpr = SLOW_COEFFICIENTS + rule.coefficients
-    to = steps + i * (count + KEY)
-    for j in tl.static_range(count):
-        tl.store(to + j, values[j].to(steps.dtype.element_ty), mask=active)
-    if steps.dtype.element_ty == tl.float32:
-        # Where moments are rounded: its bits, whatever number they are.
-        key = rounding_key(applied.to(tl.int64) + advances, pass_ == 1)
-        tl.store(to + count, key.to(tl.float32, bitcast=True), mask=active)
-
 
 # ---- csrc/table/master.h
 
@@ -182,8 +75,28 @@ def halve(master):
 
 # A chunk's own part of its row's arrays, near null where it has none; and whether it has, and this pass moves it.
 Arrays = namedtuple(
-    "Arrays", "param grad master slow cached companion moments has_master has_cached has_companion has_moment"
+    "Arrays",
+    "param grad master slow cached companion moments has_master has_cached has_companion has_moment row first_block",
 )
+# Elements of a chunk that are taken together, and which of them there are. Where moments are codes they come in rows of
+# a block each, beside the blocks.
+Lanes = namedtuple("Lanes", "i inside block has_block")
+
+
+@triton.jit
+def lanes_from(begin, few: constexpr, S: constexpr, count=None):
+    """So many lanes from an element on; without a count, all of them are inside."""
+    if S == CODE:
+        first = begin + tl.arange(0, few // CODE_BLOCK) * CODE_BLOCK
+        i = first[:, None] + tl.arange(0, CODE_BLOCK)[None, :]
+        block = first // CODE_BLOCK
+        has_block = tl.full(first.shape, True, tl.int1) if count is None else first < count
+    else:
+        i = begin + tl.arange(0, few)
+        # Of which nothing asks.
+        block, has_block = begin, True
+    inside = tl.full(i.shape, True, tl.int1) if count is None else i < count
+    return Lanes(i=i, inside=inside, block=block, has_block=has_block)
 
 
 @triton.jit
@@ -231,6 +144,8 @@ def arrays(
         has_cached=cached != 0,
         has_companion=companion != 0,
         has_moment=has_moment,
+        row=row,
+        first_block=offset // CODE_BLOCK,
     )
 
 
@@ -245,10 +160,29 @@ def store(array, i, value, mask):
 
 
 @triton.jit
-def load_moments(at, i, inside, rule: constexpr, T: constexpr):
+def scales_of(at, lanes, column: constexpr):
+    """Where the scales of a moment's blocks are: read where it is asked for, as what a policy decided is."""
+    return read(at.row, column, tl.int64).to(tl.pointer_type(tl.float32)) + at.first_block + lanes.block
+
+
+@triton.jit
+def load_moment(at, array, scale: constexpr, lanes, has, squares: constexpr, S: constexpr, T: constexpr):
+    """`scale` is the column of a row that has them, where moments are codes."""
+    mask = has & lanes.inside
+    if S == CODE:
+        scales = tl.load(scales_of(at, lanes, scale), mask=has & lanes.has_block, other=0.0)
+        code = tl.load(array + lanes.i, mask=mask, other=0)
+        return decoded(code.to(tl.uint32), top_in(scales, squares)[:, None], squares)
+    else:
+        return load(array, lanes.i, mask).to(T)
+
+
+@triton.jit
+def load_moments(at, lanes, rule: constexpr, S: constexpr, T: constexpr):
     moments = ()
     for m in tl.static_range(rule.moments):
-        moments += (load(at.moments[m], i, at.has_moment[m] & inside).to(T),)
+        array, has = at.moments[m], at.has_moment[m]
+        moments += (load_moment(at, array, ROW_MOMENT_SCALE + m * 8, lanes, has, (rule.squares >> m) & 1, S, T),)
     return moments
 
 
@@ -264,6 +198,26 @@ def store_moment(array, i, value, mask, random, m: constexpr, S: constexpr, T: c
         store(array, i, value, mask)
     else:
         tl.store(array + i, rounded_without_bias(value, random_half(random, m)), mask=mask)
+
+
+@triton.jit
+def store_codes(at, array, scale: constexpr, lanes, code, scales):
+    tl.store(array + lanes.i, code, mask=lanes.inside)
+    tl.store(scales_of(at, lanes, scale), scales, mask=lanes.has_block)
+
+
+@triton.jit
+def store_moments(at, own, lanes, moments, random, averages: constexpr, rule: constexpr, S: constexpr, T: constexpr):
+    """Of codes the cached copy, too, where there was an event: it is the first moment."""
+    for m in tl.static_range(rule.moments):
+        if S != CODE:
+            store_moment(at.moments[m], lanes.i, moments[m], at.has_moment[m] & lanes.inside, random, m, S, T)
+        elif at.has_moment[m]:
+            # No mask: what a row has not would take as long to encode, and all loads are under way.
+            code, scales = codes_of(moments[m], random_half(random, m), lanes.inside, (rule.squares >> m) & 1)
+            store_codes(at, at.moments[m], ROW_MOMENT_SCALE + m * 8, lanes, code, scales)
+            if m == 0 and not averages and at.has_cached & (tl.load(own) != 0):
+                store_codes(at, at.cached, ROW_CACHED_MOMENTUM_SCALE, lanes, code, scales)
 
 
 @triton.jit
@@ -309,19 +263,25 @@ def numbers(at, begin: constexpr, end: constexpr):
 
 
 @triton.jit
-def elements(at, own, c, i, inside, place, rule: constexpr, P: constexpr, S: constexpr, T: constexpr):
+def elements(at, own, c, lanes, place, rule: constexpr, P: constexpr, S: constexpr, T: constexpr):
     """One block of a chunk.
 
     What a policy decided is read where it is asked for: held over the blocks it would take more scalar registers than
     an AMD processor has, and in an event vector registers from every step.
     """
+    i = lanes.i
+    inside = lanes.inside
     p = load_weights(at, i, inside, False, P, T)
     g = p
     if rule.reads_gradient:
         g = load(at.grad, i, inside).to(T)
         capture = tl.load(own + 1)
         store(at.slow, i, p, (capture != 0) & inside)
-    p, moments = rule.update(c, p, g, load_moments(at, i, inside, rule, T))
+    moments = load_moments(at, lanes, rule, S, T)
+    if S == CODE:
+        # Held over the blocks, beside what codes are made by, AMD's scalar registers spill.
+        c = numbers(own, SLOW_COEFFICIENTS, SLOW_COEFFICIENTS + rule.coefficients)
+    p, moments = rule.update(c, p, g, moments)
     random = drawn(place, i, S, T)
     moment = moments[0]
     changes = inside
@@ -334,35 +294,38 @@ def elements(at, own, c, i, inside, place, rule: constexpr, P: constexpr, S: con
         p, slow, outer = slow_weights(s, p, load(at.slow, i, inside), load(at.companion, i, mask))
         store(at.slow, i, slow, inside)
         store(at.companion, i, outer, mask)
-        mask = at.has_moment[0] & at.has_cached & inside
-        moment, cached = slow_moment(s, moment, load(at.cached, i, mask).to(T))
-        # By the first moment's draw: the two are equal.
-        store_moment(at.cached, i, cached, mask, random, 0, S, T)
+        has_copy = at.has_moment[0] & at.has_cached
+        cached = load_moment(at, at.cached, ROW_CACHED_MOMENTUM_SCALE, lanes, has_copy, False, S, T)
+        moment, cached = slow_moment(s, moment, cached)
+        if S != CODE:
+            # By the first moment's draw: the two are equal.
+            store_moment(at.cached, i, cached, has_copy & inside, random, 0, S, T)
         if not rule.reads_gradient:
             # What is not computed here and not changed here stays as it is, also where it was rounded.
             changes = inside & (SlowStep(*s).restarts != 0)
-    store_moment(at.moments[0], i, moment, at.has_moment[0] & inside, random, 0, S, T)
+    left = (moment,)
     for m in tl.static_range(1, rule.moments):
-        store_moment(at.moments[m], i, moments[m], at.has_moment[m] & inside, random, m, S, T)
+        left += (moments[m],)
+    store_moments(at, own, lanes, left, random, False, rule, S, T)
     store_weights(at, i, p, changes, False, P, T)
 
 
 @triton.jit
-def averaged_elements(at, own, i, inside, place, rule: constexpr, P: constexpr, S: constexpr, T: constexpr):
+def averaged_elements(at, own, lanes, place, rule: constexpr, P: constexpr, S: constexpr, T: constexpr):
     """The same of a row whose policy averages. Its parameter has a master where it is kept in fewer bits."""
+    i = lanes.i
+    inside = lanes.inside
     y = load_weights(at, i, inside, True, P, T)
     if rule.reads_gradient:
         g = load(at.grad, i, inside).to(T)
         capture = tl.load(own + 1)
         z = tl.where(capture != 0, y, load(at.slow, i, (capture == 0) & inside))
         x = slow_average(tl.load(own + RECOVERY), y, z)
-        moments = load_moments(at, i, inside, rule, T)
+        moments = load_moments(at, lanes, rule, S, T)
         # Read here, as all that is decided: with these held over the blocks, AMD's registers spill.
         c = numbers(own, SLOW_COEFFICIENTS, SLOW_COEFFICIENTS + rule.coefficients)
         z, moments = rule.update(c, z, g, moments)
-        random = drawn(place, i, S, T)
-        for m in tl.static_range(rule.moments):
-            store_moment(at.moments[m], i, moments[m], at.has_moment[m] & inside, random, m, S, T)
+        store_moments(at, own, lanes, moments, drawn(place, i, S, T), True, rule, S, T)
     else:
         # Theta was put where z is for another optimizer's step, and x is kept.
         z = y
@@ -375,13 +338,11 @@ def averaged_elements(at, own, i, inside, place, rule: constexpr, P: constexpr, 
 
 
 @triton.jit
-def walked(
-    at, own, c, i, inside, place, rule: constexpr, averages: constexpr, P: constexpr, S: constexpr, T: constexpr
-):
+def walked(at, own, c, lanes, place, rule: constexpr, averages: constexpr, P: constexpr, S: constexpr, T: constexpr):
     if averages:
-        averaged_elements(at, own, i, inside, place, rule, P, S, T)
+        averaged_elements(at, own, lanes, place, rule, P, S, T)
     else:
-        elements(at, own, c, i, inside, place, rule, P, S, T)
+        elements(at, own, c, lanes, place, rule, P, S, T)
 
 
 @triton.jit(do_not_specialize=["found_inf", "chunks_at", "gradients_at"])
@@ -418,7 +379,7 @@ def chunks(
         if S != T:
             place = offset.to(tl.uint32) + tl.load(own + coefficients).to(tl.uint32, bitcast=True)
         if rule.reads_gradient | (due != 0):
-            # Each array is at least as aligned as this: an offset counts elements, of which each has two bytes or more.
+            # Each array is at least as aligned as this: an offset counts elements, of which each has a byte or more.
             address = offset | read(row, ROW_PARAM, tl.int64) | read(row, ROW_MASTER, tl.int64)
             address = address | read(row, ROW_SLOW, tl.int64) | read(row, ROW_CACHED_MOMENTUM, tl.int64)
             address = address | read(row, ROW_COMPANION, tl.int64)
@@ -426,23 +387,21 @@ def chunks(
                 address = address | read(row, ROW_MOMENT + m * 8, tl.int64)
             if rule.reads_gradient:
                 address = address | gradient
+            most: constexpr = CODED if S == CODE else BLOCK
             whole = 0
             if address % 16 == 0:
-                whole = count // BLOCK * BLOCK
+                whole = count // most * most
             if whole > 0:
                 at = arrays(row, gradient, offset, acts_on_moment, rule, P, G, S, T, True)
-                lane = tl.arange(0, BLOCK)
-                for begin in range(0, whole, BLOCK):
-                    inside = tl.full([BLOCK], True, tl.int1)
-                    walked(at, own, c, begin + lane, inside, place, rule, averages, P, S, T)
+                for begin in range(0, whole, most):
+                    walked(at, own, c, lanes_from(begin, most, S), place, rule, averages, P, S, T)
             if whole < count:
                 at = arrays(row, gradient, offset, acts_on_moment, rule, P, G, S, T, False)
                 # A mask takes AMD's scalar registers, two for each of a thread's elements.
-                few: constexpr = TAIL if averages else BLOCK
-                lane = tl.arange(0, few)
+                few: constexpr = TAIL if averages or S == CODE else BLOCK
                 for begin in range(whole, count, few):
-                    inside = begin + lane < count
-                    walked(at, own, c, begin + lane, inside, place, rule, averages, P, S, T)
+                    walked(at, own, c, lanes_from(begin, few, S, count), place, rule, averages, P, S, T)
 
 
-DTYPES = {dtype: getattr(tl, str(dtype).removeprefix("torch.")) for dtype in PARAM_DTYPES}
+# What parameters, gradients and moments may be.
+DTYPES = {dtype: getattr(tl, str(dtype).removeprefix("torch.")) for dtype in (*PARAM_DTYPES, torch.uint8)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_kernels import read
+from .triton_prologue import read
 from .triton_rules import LAYOUT, divide, multiply, square_root
 
 globals().update(LAYOUT)

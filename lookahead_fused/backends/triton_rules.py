@@ -31,7 +31,7 @@ globals().update(LAYOUT)
 # All that compiled code comes from: this file, those beside it, and what they ask of the compiled module.
 _FILES = [
     Path(__file__).with_name(f"triton_{name}.py").read_bytes()
-    for name in ("rules", "policies", "state", "kernels", "norm")
+    for name in ("rules", "policies", "state", "codes", "prologue", "kernels", "norm")
 ]
 SOURCE = f"{_FILES} {native.layout()} {native.rules()} {native.policies()}"
 
@@ -134,8 +134,9 @@ def gradient_factor(maximize, factor):
 compiled_key = property(lambda self: f"{SOURCE} {tuple(self)}")
 
 
-# What a walk is told of a rule. The last three are numbers: of its hyperparameters, coefficients and moments.
-class Rule(namedtuple("Rule", "prepare update reads_gradient hypers coefficients moments")):
+# What a walk is told of a rule. The last four are numbers: how many hyperparameters, coefficients and moments it has,
+# and a bit for each moment that is a mean of squares.
+class Rule(namedtuple("Rule", "prepare update reads_gradient hypers coefficients moments squares")):
     cache_key = compiled_key
 
 
@@ -385,8 +386,9 @@ def external_update(c, p, g, moments):
 
 
 def _rule(name: str, prepare: Any, update: Any, coefficients: tuple[str, ...]) -> Rule:
-    hypers, moments, _ = native.rules()[name]
-    numbers = bool(coefficients), len(hypers), len(coefficients), len(moments)
+    hypers, moments, squares = native.rules()[name]
+    bits = sum(is_one << place for place, is_one in enumerate(squares))
+    numbers = bool(coefficients), len(hypers), len(coefficients), len(moments), bits
     # Constants each: out of a tuple that is a constant, Triton 3.7 takes plain numbers, and loops over none.
     return Rule(prepare, update, *map(constexpr, numbers))
 

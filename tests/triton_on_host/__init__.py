@@ -24,7 +24,7 @@ NAME = "triton-host"
 # What compiled code comes from, each file after those that it imports.
 # Kernels; the rest are functions that they call.
 LAUNCHED = ("rows", "chunks", "squares", "clip")
-ROOMS = ("rules", "policies", "state", "kernels", "norm")
+ROOMS = ("rules", "policies", "state", "codes", "prologue", "kernels", "norm")
 # The first whose interpreter takes a number out of NumPy's arrays as every NumPy allows, and leaves the language as it
 # was, so that kernels can be compiled afterwards.
 INTERPRETS = (3, 7)
@@ -84,10 +84,11 @@ def interpreted() -> tuple[ModuleType, ModuleType]:
     before = triton.knobs.runtime.interpret
     triton.knobs.runtime.interpret = True
     try:
-        rules, policies, state, module, norm = kernels_again()
+        rooms = kernels_again()
     finally:
         triton.knobs.runtime.interpret = before
-    for room in (rules, policies, state, module, norm):
+    rules, policies, _, codes, _, module, norm = rooms
+    for room in rooms:
         for name, value in list(vars(room).items()):
             # Called from within a kernel, the interpreter's function prepares Triton's whole language anew each time.
             if isinstance(value, InterpretedFunction):
@@ -99,8 +100,11 @@ def interpreted() -> tuple[ModuleType, ModuleType]:
     module.range = replay.counted
     # Nothing but a GPU runs assembly.
     rules.is_in_assembly = lambda: False
-    # Triton's own library was imported to be compiled; of its functions this is the only one that is called.
+    # Triton's own library was imported to be compiled; of its functions one is called, in two places.
     rules.largest = lambda n: tl.tensor(interpreter_semantic.builder.create_largest(n.handle), n.dtype)
+    codes.largest_of_blocks = lambda n: tl.tensor(
+        interpreter_semantic.builder.create_largest_of_blocks(n.handle), tl.block_type(n.dtype, [n.shape[0]])
+    )
     # Of two results of one call the builder's replay knows nothing.
     norm.halves = lambda lanes, half: tl.tensor(
         interpreter_semantic.builder.create_halves(lanes.handle),
@@ -139,6 +143,7 @@ def _correct(builder: Any) -> None:
         value.data[: len(value.data) // 2] + value.data[len(value.data) // 2 :], value.dtype
     )
     builder.create_largest = lambda value: TensorHandle(value.data.max(keepdims=True), value.dtype)
+    builder.create_largest_of_blocks = lambda value: TensorHandle(value.data.max(1), value.dtype)
 
 
 @functools.cache
