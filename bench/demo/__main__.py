@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 from bench.harness import cores
@@ -34,41 +33,14 @@ except ModuleNotFoundError as error:
     sys.exit(f"the demo needs {error.name}: pip install '.[demo]', or run it by `make demo`")
 
 import lookahead_fused
-from bench.demo import data
 from bench.demo.check import departures
-from bench.demo.models import GPT, ConvNet
-from bench.demo.runs import FUSED, PLAIN, SEED, UNFUSED, Task
+from bench.demo.runs import FUSED, PLAIN, UNFUSED, Task
+from bench.demo.tasks import tasks
 from bench.demo.train import TaskResult, run_task
 from lookahead_fused.bench.conditions import conditions, describe
 from lookahead_fused.bench.cores import core_seconds, waited_share
 
-CONTEXT = 64
 OUT = Path(__file__).resolve().parents[2] / "build" / "demo"
-
-
-def tasks(quick: bool) -> list[Task]:
-    """The two tasks; ``quick`` shortens the training and nothing else, so that times stay comparable."""
-    return [
-        Task(
-            key="gpt",
-            title="GPT over the bytes of Python's standard library",
-            model=partial(GPT, width=256, layers=6, heads=8, context=CONTEXT),
-            data=partial(data.stdlib_text, context=CONTEXT, batch=8, seed=SEED, held_out_batches=8),
-            steps=44 if quick else 199,
-            lr=1e-3,
-            weight_decay=0.1,
-        ),
-        Task(
-            key="digits",
-            title="Convolutional network on handwritten digits",
-            model=ConvNet,
-            data=partial(data.digits, batch=64, seed=SEED),
-            steps=104 if quick else 329,
-            lr=2e-3,
-            weight_decay=0.01,
-            classifies=True,
-        ),
-    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

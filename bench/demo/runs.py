@@ -57,6 +57,18 @@ class Task:
         if self.steps % K == 0 or self.steps < 2 * K:
             raise ValueError(f"steps must be at least {2 * K} and no multiple of {K}, got {self.steps}")
 
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """A network's parameters, in groups of an optimizer."""
+        parameters = list(model.parameters())
+        return [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+
+    def schedule(self, optimizer: Optimizer) -> LambdaLR:
+        """Of its learning rate."""
+        return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / self.warmup))
+
 
 @dataclass
 class Run:
@@ -91,30 +103,20 @@ def make_runs(task: Task, backend: str) -> dict[str, Run]:
     torch.manual_seed(SEED)
     start = task.model()
 
-    def warmup(step: int) -> float:
-        return min(1.0, (step + 1) / task.warmup)
-
-    def groups(model: nn.Module) -> list[dict[str, Any]]:
-        parameters = list(model.parameters())
-        return [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": task.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-
     model = copy.deepcopy(start)
-    ours = LookaheadAdamW(groups(model), lr=task.lr, k=K, alpha=ALPHA, backend=backend)
-    runs = {FUSED: Run(model, ours, LambdaLR(ours, warmup), ours.slow_weights)}
+    ours = LookaheadAdamW(task.groups(model), lr=task.lr, k=K, alpha=ALPHA, backend=backend)
+    runs = {FUSED: Run(model, ours, task.schedule(ours), ours.slow_weights)}
 
     model = copy.deepcopy(start)
     # The schedule is the inner optimizer's: its param_groups hold the learning rate.
-    inner = AdamW(groups(model), lr=task.lr, fused=True)
-    schedule = LambdaLR(inner, warmup)
+    inner = AdamW(task.groups(model), lr=task.lr, fused=True)
+    schedule = task.schedule(inner)
     sync = ForeachSync(inner, K, ALPHA)
     runs[UNFUSED] = Run(model, sync, schedule, lambda: _swapped(sync.fast, sync.slow))
 
     model = copy.deepcopy(start)
-    plain = AdamW(groups(model), lr=task.lr, fused=True)
-    runs[PLAIN] = Run(model, plain, LambdaLR(plain, warmup), None)
+    plain = AdamW(task.groups(model), lr=task.lr, fused=True)
+    runs[PLAIN] = Run(model, plain, task.schedule(plain), None)
     return runs
 
 
