@@ -1,5 +1,4 @@
-"""Lookahead's kin over AdamW: an average of every step's weights, and outer momentum, against what torch's users write;
-and Lookahead with its moments in bf16.
+"""Lookahead's kin over AdamW: an average of every step's weights, and outer momentum, against what torch's users write.
 
 The average's opponents are torch's fused step with one foreach interpolation of all weights, the same with torch's own
 `AveragedModel`, and the fused step alone.
@@ -18,15 +17,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bench.harness.figures import Figure, Report
 from bench.suites.steps import GRADIENTS
-from lookahead_fused import EMA, Lookahead, LookaheadAdamW
+from lookahead_fused import EMA, Lookahead
 from lookahead_fused.bench import opponents, parameters
 from lookahead_fused.bench.device import Device
 from lookahead_fused.bench.measure import Effort, Side, schedule
-from lookahead_fused.bench.opponents import HYPERPARAMETERS, OURS, PLAIN, K, Setting, Steps
+from lookahead_fused.bench.opponents import HYPERPARAMETERS, OURS, PLAIN, Setting, Steps
 from lookahead_fused.bench.samples import ratio
 
 DECAY = 0.999
-FP32_MOMENTS = "the same with moments in fp32"
 FOREACH_EMA, AVERAGED_MODEL = "torch fused + _foreach_lerp_", "torch fused + AveragedModel"
 OUTER: dict[str, Any] = {"k": 30, "alpha": 0.7, "outer_momentum": 0.5}
 
@@ -90,21 +88,6 @@ def outer_momentum(case: str, device: Device, effort: Effort) -> Report:
     return report(title, sides, OUTER["k"], {PLAIN: 1.0}, listed.elements, device, effort)
 
 
-def narrow_moments(case: str, device: Device, effort: Effort) -> Report:
-    """Moments in bf16 at k = 5, against those in fp32, and against torch's fused step with no slow weights at all."""
-    listed = parameters.CASES[case]
-    params = parameters.make(listed, device=device.name)
-    wide = parameters.twin(params)
-    sides = [
-        Side(OURS, LookaheadAdamW(params, **HYPERPARAMETERS["adamw"], k=K, state_dtype="bfloat16").step),
-        Side(FP32_MOMENTS, LookaheadAdamW(wide, **HYPERPARAMETERS["adamw"], k=K).step),
-        Side(PLAIN, adamw(parameters.twin(params), fused=True).step),
-    ]
-    title = f"moments in bf16, {listed}, fp32, AdamW, k={K}"
-    # At most 0.85 of its time.
-    return report(title, sides, K, {PLAIN: 1 / 0.85}, listed.elements, device, effort)
-
-
 def adamw(params: Sequence[torch.Tensor], **options: Any) -> torch.optim.Optimizer:
     """Torch's AdamW with the benchmarks' hyperparameters, or with others in `options`."""
     return torch.optim.AdamW(list(params), **{**HYPERPARAMETERS["adamw"], **options})
@@ -149,5 +132,4 @@ def report(
 FAMILY = {
     "ema-gpt2-small": partial(ema, "gpt2-small"),
     "outer-gpt2-small": partial(outer_momentum, "gpt2-small"),
-    "bf16-moments-gpt2-small": partial(narrow_moments, "gpt2-small"),
 }

@@ -19,6 +19,7 @@ from bench.suites import growth, memory, shards
 from bench.suites.averaging import AVERAGING
 from bench.suites.clip import CLIPS
 from bench.suites.family import FAMILY
+from bench.suites.low_bit import LOW_BIT, PEER_ROWS
 from bench.suites.steps import COMPARISONS, Comparison, compare
 from bench.suites.syncs import SYNCS
 from lookahead_fused.bench.device import Cpu, Cuda, Device
@@ -32,6 +33,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     **{name: partial(compare, comparison) for name, comparison in COMPARISONS.items()},
     **SYNCS,
     **FAMILY,
+    **LOW_BIT,
+    **PEER_ROWS,
     **AVERAGING,
     **CLIPS,
     "host-tensors": growth.host_tensors,
@@ -48,7 +51,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 # Those with figures that have targets on a CPU.
 TARGETED = (
     *(name for name, comparison in COMPARISONS.items() if comparison.targets),
-    *SYNCS, *FAMILY, *AVERAGING, *CLIPS, "host-tensors", "host-groups", "host-dtensors",
+    *SYNCS, *FAMILY, *LOW_BIT, *AVERAGING, *CLIPS, "host-tensors", "host-groups", "host-dtensors",
     "memory",
 )  # fmt: skip
 

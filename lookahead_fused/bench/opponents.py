@@ -212,7 +212,7 @@ def _needs_masters(setting: Setting) -> str:
     return "" if setting.dtype == "bf16-master" else "for bf16 parameters with fp32 masters"
 
 
-def _import(*names: str) -> str:
+def installed_reason(*names: str) -> str:
     """Why a package cannot be imported, or ""."""
     for name in names:
         try:
@@ -228,7 +228,7 @@ def _import(*names: str) -> str:
 def _installed(names: tuple[str, ...], rules: tuple[str, ...], setting: Setting) -> str:
     if setting.rule not in rules:
         return f"has no {RULE_TITLES[setting.rule]} to compare with"
-    return _no_masters(setting) or _import(*names)
+    return _no_masters(setting) or installed_reason(*names)
 
 
 def _wrapper(module: str, setting: Setting, groups: list[dict[str, Any]]) -> Steps:
@@ -253,7 +253,7 @@ def _on_gpu(module: str, setting: Setting, groups: list[dict[str, Any]]) -> Step
 
 
 def _on_gpu_refusal(module: str, setting: Setting) -> str:
-    return "needs a GPU" if setting.device == "cpu" else _no_masters(setting) or _import(module)
+    return "needs a GPU" if setting.device == "cpu" else _no_masters(setting) or installed_reason(module)
 
 
 def _opponents() -> Iterable[Opponent]:
