@@ -88,11 +88,9 @@ def encoded(values: Tensor, like: Tensor, kind: Kind, random: Tensor | None = No
     bits = flat.view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
     finite = magnitude < 0x7F800000
-    if random is None:
-        half = (1 << (shift - 1)) - 1 + (magnitude >> shift & 1)
-    else:
-        half = random.to(torch.int32) << (shift - 16)
-    up = torch.where(magnitude < last, magnitude + half, magnitude)
+    to_even = (1 << (shift - 1)) - 1 + (magnitude >> shift & 1)
+    added = to_even if random is None else random.to(torch.int32) << (shift - 16)
+    up = torch.where(magnitude < last, magnitude + added, magnitude)
     # At random the largest may be rounded up or not: its block has room for both.
     largest = _largest(torch.where(finite, up if random is None else magnitude, 0)) >> shift
     top = (largest if random is None else largest + 1).clamp(kind.first_top, kind.largest_top)

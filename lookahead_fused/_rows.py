@@ -506,23 +506,24 @@ class _State:
 
     def _coded(self, name: str, kind: codes.Kind, start: tuple[str, Tensor] | None, restarts: bool) -> Tensor:
         value, of_scale = self.entries.get(name), codes.scale_name(name)
+        made: Tensor | None
         if value is not None and not restarts:
-            local, scale = local_tensor(value), self.entries.get(of_scale)
+            local = local_tensor(value)
             is_coded = local.dtype == codes.DTYPE
             if is_coded and has_layout_of(local, self.param):
-                assert scale is not None
-                self.scales[name] = scale
+                self.scales[name] = self.entries[of_scale]
                 return local
             check_memory(local, f"state {name!r}")
-            made, scale = codes.encoded(codes.decoded(local, scale, kind) if is_coded else local, self.param, kind)
+            wide = codes.decoded(local, self.entries[of_scale], kind) if is_coded else local
+            made, scale = codes.encoded(wide, self.param, kind)
         elif start is not None:
             made, scale = start[1], self.scales[start[0]].clone()
         else:
             made, scale = None, codes.new_scale(self.param)
-        local = self._make(name, codes.DTYPE, made)
+        kept = self._make(name, codes.DTYPE, made)
         self.scales[name] = scale
         self._keep(of_scale, scale)
-        return local
+        return kept
 
     def master(self) -> Tensor:
         """What is kept of the master, which starts at the parameter; a whole one that a checkpoint has brought decides

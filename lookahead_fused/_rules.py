@@ -20,10 +20,10 @@ class Rule:
     """One inner optimizer: the name under which every backend has its rule, its arguments and its state's names.
 
     The first of `moments` is the one that a policy acts on; `moments_in_use` tells which of them a group has, `always`
-    are those that every group has, and `squares` the means of squares among them, which are never negative. Where `corrects_bias`, they mean nothing without the count of updates.
-    `check` raises for arguments that do not go together. Without `first_moment_needs`, an argument, there is no first
-    moment, and an optimizer whose policy is to act on it is refused. With `subtracts_moments_with`, another one, a
-    difference of moments is what it works with.
+    are those that every group has, and `squares` the means of squares among them, which are never negative. Where
+    `corrects_bias`, they mean nothing without the count of updates. `check` raises for arguments that do not go
+    together. Without `first_moment_needs`, an argument, there is no first moment, and an optimizer whose policy is to
+    act on it is refused. With `subtracts_moments_with`, another one, a difference of moments is what it works with.
     """
 
     name: str

@@ -18,12 +18,15 @@ from ._torch import dtensor_like, is_dtensor, is_plain
 _NARROW = {"bfloat16": torch.bfloat16, "int8": codes.DTYPE}
 
 _DOCUMENTED = """state_dtype: In which dtype the moments lie in memory, and pullback's copy of the first:
-            "float32" (fp64 for fp64 parameters), or "bfloat16" for half of it. They are computed in fp32 and rounded up
-            or down at random, so that their mean is the number: to the nearest, a second moment would not get smaller
-            at beta2 = 0.999. What is drawn is a hash of `step` and the element's place: the same bits on every backend
-            and in a resumed run. State that is loaded comes into this dtype in the next step, rounded to the nearest;
-            the choice is not a checkpoint's. "bfloat16" is refused for fp64 parameters, around an optimizer whose step
-            is its own, and with RMSprop's `centered`."""
+            "float32" (fp64 for fp64 parameters), "bfloat16" for half of it, or "int8" for a quarter: codes in uint8,
+            each a floating-point number whose exponent counts from the largest in its block of 128, and the blocks'
+            scales in fp32, as `exp_avg_scale` beside `exp_avg`. They are computed in fp32 and rounded up or down at
+            random, so that their mean is the number: to the nearest, a second moment would not get smaller at
+            beta2 = 0.999. What is drawn is a hash of `step` and the element's place: the same bits on every backend and
+            in a resumed run. A state dict says in bf16 what codes stand for, exactly. State that is loaded comes into
+            this dtype in the next step, rounded to the nearest; the choice is not a checkpoint's. "bfloat16" and "int8"
+            are refused for fp64 parameters, around an optimizer whose step is its own, and with RMSprop's `centered`,
+            "int8" for parameters of a class around other tensors too, DTensors excepted."""
 
 _Class = TypeVar("_Class", bound=type[Any])
 
@@ -83,7 +86,8 @@ def without_codes(owner: Tensor, own: Mapping[str, Any], rule: Rule, but: Contai
         but: Entries that stay as they are.
     """
     made = dict(own)
-    for moment in (*rule.moments, CACHED):
+    # What another optimizer calls so is its own.
+    for moment in (*rule.moments, CACHED) if rule.reads_gradient else ():
         value, scale = own.get(moment), own.get(codes.scale_name(moment))
         if moment in but or not (isinstance(value, Tensor) and isinstance(scale, Tensor)):
             continue

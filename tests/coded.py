@@ -63,15 +63,11 @@ def encode(x: np.ndarray, kind: Kind, draws: np.ndarray | None = None) -> tuple[
     finite = np.isfinite(x)
     size = np.where(finite, np.abs(x), 0.0).astype(np.float64)
     u, over = below(size)
-    if draws is None:
-        rises = (over > 0.5) | ((over == 0.5) & (u % 2 == 1))
-    else:
-        rises = over + draws / 65536.0 >= 1.0
+    to_even = (over > 0.5) | ((over == 0.5) & (u % 2 == 1))
+    rises = to_even if draws is None else over + draws / 65536.0 >= 1.0
     rounded = np.where(u < LAST, u + rises, LAST)
-    if draws is None:
-        tops = in_blocks(rounded).max(1)
-    else:
-        tops = np.minimum(in_blocks(u).max(1) + 1, LAST)
+    # Where any may be rounded up, its block has room for that.
+    tops = in_blocks(rounded).max(1) if draws is None else np.minimum(in_blocks(u).max(1) + 1, LAST)
     tops = np.maximum(tops, LEAST - 1 + kind.codes)
     first = spread(tops, len(x)) - kind.codes + 1
     code = rounded - first + 1

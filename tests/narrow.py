@@ -87,6 +87,17 @@ def assert_same(
             assert same_tensor_bits(a, b), f"{name} of parameter {i}"
 
 
+def assert_same_numbers(optimizer: Any, params: Sequence[Tensor], other: Any, others: Sequence[Tensor]) -> None:
+    """Parameters and states are the same, whatever codes and scales moments have."""
+    assert all(same_tensor_bits(p, q) for p, q in zip(params, others, strict=True))
+    a, b = optimizer.state_dict()["state"], other.state_dict()["state"]
+    assert a.keys() == b.keys()
+    for i in a:
+        assert a[i].keys() == b[i].keys()
+        for name, value in a[i].items():
+            assert same_tensor_bits(value, b[i][name]), f"{name} of parameter {i}"
+
+
 def made(
     make: Make, backend: BackendCase, dtype: torch.dtype = FP32, state_dtype: str = "bfloat16"
 ) -> tuple[torch.optim.Optimizer, list[Any]]:

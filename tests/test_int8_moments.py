@@ -15,8 +15,10 @@ import pytest
 import torch
 from helpers import BackendCase, make_grads, make_params, same_tensor_bits, seeded, tune
 from narrow import BF16, FP16, FP32, FP64, MOMENTS, OPTIMIZERS, REFERENCE, assert_same, made, of_class, run, wide
+from test_tensor_classes import Around, AroundState
 
 import lookahead_fused
+from lookahead_fused._norm import GlobalNorm
 from lookahead_fused._parts import CHUNK_ELEMENTS
 
 # ------------------------------------------------------------------------------------------------------------
@@ -264,3 +266,67 @@ def test_a_parameter_that_is_laid_out_anew_takes_its_moments_along(int8_backend:
     own = optimizer.state[p]
     assert own["exp_avg_sq"].stride() == p.stride()
     assert torch.equal(wide(own, "exp_avg_sq"), before)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion alone", "gpa"])
+def test_clipped_and_skipped_steps_are_the_reference_s(int8_backend: BackendCase, name: str) -> None:
+    found = []
+    for backend in (int8_backend, REFERENCE):
+        optimizer, params = made(OPTIMIZERS[name], backend, state_dtype="int8")
+        optimizer._norm = GlobalNorm(0.5, True)  # type: ignore[attr-defined]
+        run(optimizer, params, range(1, 4))
+        kept = copy.deepcopy(dict(optimizer.state[params[3]]))
+        params[3].grad[7] = math.nan  # type: ignore[index]
+        optimizer.step()
+        assert all(same_tensor_bits(value, kept[n]) for n, value in optimizer.state[params[3]].items())
+        run(optimizer, params, range(4, 6))
+        assert optimizer.skipped_steps.item() == 1  # type: ignore[attr-defined]
+        found.append((optimizer, params))
+    if int8_backend.ulps == 0:
+        assert_same(*found[0], *found[1])
+
+
+def test_parameters_that_share_memory_are_stepped_in_turn(int8_backend: BackendCase) -> None:
+    whole = torch.randn(400, generator=seeded(0)).to(int8_backend.device)
+    found = []
+    for name in (int8_backend.name, "reference"):
+        memory = whole.clone()
+        params = [torch.nn.Parameter(memory[:300]), torch.nn.Parameter(memory[200:])]
+        optimizer = of_class("adamw")(params, name, "int8")
+        run(optimizer, params, range(1, 5))
+        found.append((optimizer, params))
+    if int8_backend.ulps == 0:
+        assert_same(*found[0], *found[1])
+
+
+@pytest.mark.parametrize("cls", [Around, AroundState])
+def test_a_gradient_of_a_class_around_others_is_stepped_by_operators(cls: type[Around]) -> None:
+    found = []
+    for wraps in (True, False):
+        params = make_params(((300,), (5,)))
+        optimizer = of_class("adamw", pullback_momentum="pullback", k=2)(params, "auto", "int8")
+        for t in range(1, 6):
+            for p, g in zip(params, make_grads(params, generator=seeded(t)), strict=True):
+                p.grad = cls(g) if wraps else g
+            optimizer.step()
+        optimizer.sync()
+        found.append((optimizer, params))
+    assert_same(*found[0], *found[1])
+
+
+def test_parameters_of_classes_around_others_are_refused() -> None:
+    """Only their class knows in which order their memory lies, and blocks are cut in that."""
+    param = torch.nn.Parameter(Around(torch.ones(5)))
+    said = "must be a Tensor with memory of its own with state_dtype='int8', got a Around: "
+    with pytest.raises(TypeError, match=f"^a parameter {said}"):
+        lookahead_fused.LookaheadAdamW([param], state_dtype="int8")
+    params = [*make_params(((4,),)), param]
+    optimizer = lookahead_fused.LookaheadAdamW(params, state_dtype="bfloat16")
+    for p in params:
+        p.grad = torch.ones_like(p.detach())
+    optimizer.param_groups[0]["state_dtype"] = "int8"
+    before = params[0].detach().clone()
+    with pytest.raises(TypeError, match=f"^parameter 1 of group 0 {said}"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+    assert not optimizer.state

@@ -1,5 +1,5 @@
-// Moments that lie in codes, a block at a time: what its elements become is held in the first cache until the largest of
-// them is known, by which all are encoded. Each array is read once and written once.
+// Moments that lie in codes, a block at a time: what its elements become is held in the first cache until the largest
+// of them is known, by which all are encoded. Each array is read once and written once.
 #pragma once
 
 #include <cstring>

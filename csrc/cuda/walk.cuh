@@ -511,7 +511,8 @@ const Kernel* find_walk(Dtype param, Dtype grad, Dtype state) {
         using P = typename decltype(pattern)::Param;
         using G = typename decltype(pattern)::Grad;
         using S = typename decltype(pattern)::State;
-        if constexpr (!std::is_same_v<S, Code> && std::is_same_v<Compute<P>, double> == FP64) found = kernel<Rule, P, G, S>();
+        if constexpr (!std::is_same_v<S, Code> && std::is_same_v<Compute<P>, double> == FP64)
+            found = kernel<Rule, P, G, S>();
     });
     return found;
 }

@@ -283,7 +283,8 @@ bool TableBinding::refresh_state(size_t i, PyObject* state) {
         void* address;
         if (tensor == nullptr || !find(tensor, column, i, &address)) return false;
         // A number that is none: Python says so.
-        if (COLUMN_FACTS[column].extent == ColumnFacts::ONE && on_host_ && !is_count(*static_cast<double*>(address))) return false;
+        if (COLUMN_FACTS[column].extent == ColumnFacts::ONE && on_host_ && !is_count(*static_cast<double*>(address)))
+            return false;
         if (address != rows_[i].column[column]) {
             rows_[i].column[column] = address;
             ++moves_;

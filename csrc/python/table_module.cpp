@@ -75,9 +75,8 @@ void bind_table(py::module_& module) {
     module.def("rules", [] {
         py::dict rules;
         for (const Names& rule : rule_names()) {
-            rules[py::str(rule.name)] =
-                py::make_tuple(py::tuple(py::cast(rule.hypers)), py::tuple(py::cast(rule.moments)),
-                               py::tuple(py::cast(rule.squares)));
+            rules[py::str(rule.name)] = py::make_tuple(
+                py::tuple(py::cast(rule.hypers)), py::tuple(py::cast(rule.moments)), py::tuple(py::cast(rule.squares)));
         }
         return rules;
     });

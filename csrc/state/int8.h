@@ -3,8 +3,8 @@
 // A row is cut into blocks of CODE_BLOCK elements, the last of which may be shorter. A code is a floating-point number
 // of few bits whose exponent counts down from the largest in its block: its magnitude is the upper bits of an fp32
 // number, less an offset that the block's elements share. So to encode and to decode are integer operations on bits,
-// exact, and the same on every backend. The block's scale is the fp32 number that the largest code stands for; its upper
-// bits are `top` here.
+// exact, and the same on every backend. The block's scale is the fp32 number that the largest code stands for; its
+// upper bits are `top` here.
 //
 // There are two kinds. First moments have a sign, 7 bits of magnitude and 16 octaves below the largest, and what is
 // smaller than the least of them becomes that or 0, at random. Squares have no sign, 8 bits and 32 octaves, and what is

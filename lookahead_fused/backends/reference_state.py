@@ -47,7 +47,7 @@ def encoded(
 def _drawn(places: Tensor, moment: int, updates: int, own_pass: bool) -> Tensor:
     """16 random bits for the element at each of these places."""
     key = _mixed((2 * updates + own_pass + _WEYL) & _WORD)
-    random = _mixed((places + key) & _WORD)
+    random: Tensor = _mixed((places + key) & _WORD)
     return random & 0xFFFF if moment == 0 else (random if moment == 1 else random * _WEYL & _WORD) >> 16
 
 
