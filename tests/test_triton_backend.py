@@ -69,12 +69,22 @@ def test_launches_and_uploads_of_a_step(host: Any, count: int, monkeypatch: pyte
 
 @needs_interpreter
 @pytest.mark.parametrize("numel", [1, 1500])
-@pytest.mark.parametrize(("dtype", "master"), [(torch.float32, False), (torch.float64, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(
+    ("dtype", "master", "moments"),
+    [
+        (torch.float32, False, "float32"),
+        (torch.float64, False, "float32"),
+        (torch.bfloat16, True, "float32"),
+        (torch.float32, False, "int8"),
+        (torch.bfloat16, True, "int8"),
+    ],
+)
 @pytest.mark.parametrize("rule", RULES)
 def test_each_array_is_read_and_written_once(
-    host: Any, rule: str, dtype: torch.dtype, master: bool, numel: int, monkeypatch: pytest.MonkeyPatch
+    host: Any, rule: str, dtype: torch.dtype, master: bool, moments: str, numel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is let through by the masks: 28 bytes for each fp32 parameter of AdamW, 36 in a sync."""
+    """What is let through by the masks: 28 bytes for each fp32 parameter of AdamW, 36 in a sync; of moments in codes 16
+    bytes, 24 in a sync, and beside them 16 for each block."""
     from triton.runtime import interpreter
 
     memory = interpreter._interpreter
@@ -100,7 +110,8 @@ def test_each_array_is_read_and_written_once(
     monkeypatch.setattr(memory, "load", counted_load)
     monkeypatch.setattr(memory, "store", counted_store)
     p = torch.nn.Parameter(torch.randn(numel).to(dtype))
-    optimizer = make_optimizer(rule, [p], HOST, **RULES[rule], **({"master_weights": True} if master else {}))
+    chosen = {"master_weights": master, "state_dtype": moments}
+    optimizer = make_optimizer(rule, [p], HOST, **RULES[rule], **chosen)
     for t in range(1, 4):
         set_grads([p], t)
         state = optimizer.state.get(p, {})
@@ -114,10 +125,12 @@ def test_each_array_is_read_and_written_once(
         moved = [(traffic[i, "r"] / x.nbytes, traffic[i, "w"] / x.nbytes) for i, x in enumerate(watched)]
         assert moved[:2] == [(1, 1), (1, 0)]
         for name, got in zip(names, moved[2:], strict=True):
-            at_sync = name in ("slow_param", "cached_momentum", "outer_momentum_buffer")
+            at_sync = name in ("slow_param", "cached_momentum", "cached_momentum_scale", "outer_momentum_buffer")
             assert got == ((0, 0) if at_sync and t % 3 else (1, 1)), name
         if rule == "adamw" and dtype != torch.float64:
-            assert sum(traffic.values()) == numel * ((26 if master else 28) + (0 if t % 3 else 8))
+            codes = moments == "int8"
+            of_each = (26 if master else 28) - (12 if codes else 0) + (0 if t % 3 else 8)
+            assert sum(traffic.values()) == numel * of_each + (16 * -(-numel // 128) if codes else 0)
 
 
 @needs_interpreter
@@ -190,17 +203,18 @@ def test_a_tensor_of_more_than_2_to_the_32_elements(host: Any, monkeypatch: pyte
 
 @needs_interpreter
 @pytest.mark.parametrize(
-    ("rule", "dtype"),
+    ("rule", "dtype", "moments"),
     [
-        ("adamw", torch.float32),
-        ("adamw", torch.bfloat16),
-        ("adam", torch.float64),
-        ("sgd", torch.float32),
-        ("sgd", torch.float16),
+        ("adamw", torch.float32, "float32"),
+        ("adamw", torch.bfloat16, "float32"),
+        ("adam", torch.float64, "float32"),
+        ("sgd", torch.float32, "float32"),
+        ("sgd", torch.float16, "float32"),
+        ("adamw", torch.float32, "int8"),
     ],
 )
 def test_the_stand_in_computes_what_the_interpreter_does(
-    host: Any, rule: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    host: Any, rule: str, dtype: torch.dtype, moments: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It repeats what a program before did, as far as that took the same way, by calls of NumPy: over rows with and
     without a gradient, with and without whole blocks, steps with and without a sync, an overflow, another set of
@@ -213,7 +227,7 @@ def test_the_stand_in_computes_what_the_interpreter_does(
         params = make_params([(5,), (1024,), (2500,), (3, 4)], dtype)
         changed = {"maximize": True, "weight_decay": 0.1, "pullback_momentum": "pullback", "k": 3, "lr": 0.2}
         groups = [{"params": params[:1]}, {"params": params[1:], **changed}]
-        optimizer: Any = make_optimizer(rule, groups, HOST, **{**RULES[rule], "k": 2})
+        optimizer: Any = make_optimizer(rule, groups, HOST, **{**RULES[rule], "k": 2}, state_dtype=moments)
         for t in range(9):
             set_grads(params, t)
             params[t % 4].grad = None

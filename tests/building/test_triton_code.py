@@ -8,7 +8,7 @@ import linecache
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +38,7 @@ def targets(*names: str) -> Any:
 
 RULES = ("adam", "sgd", "external")
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+CODES = torch.uint8
 # Of parameters, gradients and moments.
 PATTERNS = (
     (FP32, FP32, FP32),
@@ -46,13 +47,24 @@ PATTERNS = (
     (FP64, FP64, FP64),
     (FP32, FP32, BF16),
     (BF16, BF16, BF16),
+    (FP32, FP32, CODES),
+    (BF16, BF16, CODES),
 )
 # For one target each of these is compiled with every pattern, and the further rules and the policies that average,
 # which have a walk of their own, with some. Up to its last stages Triton makes the same of a kernel for every target:
 # of AMD's, one has every rule and every pattern; the others have every pattern, and the largest rule in each width that
 # it computes in.
 IN_FULL = "sm_90"
-FURTHER = (("rmsprop", 0), ("rmsprop", 3), ("radam", 1), ("lion", 2), ("rmsprop", 4), ("lion", 5))
+FURTHER = (
+    ("rmsprop", 0),
+    ("rmsprop", 3),
+    ("radam", 1),
+    ("lion", 2),
+    ("rmsprop", 4),
+    ("lion", 5),
+    ("rmsprop", 6),
+    ("lion", 7),
+)
 AVERAGED = (
     ("adam averaged", 0),
     ("adam averaged", 1),
@@ -60,6 +72,8 @@ AVERAGED = (
     ("external averaged", 0),
     ("radam averaged", 4),
     ("adam averaged", 5),
+    ("rmsprop averaged", 6),
+    ("adam averaged", 7),
 )
 IN_PART = {
     "gfx942": (
@@ -68,13 +82,24 @@ IN_PART = {
         ("adam", 3),
         ("adam", 4),
         ("adam", 5),
+        ("adam", 6),
+        ("adam", 7),
         ("sgd", 2),
         ("external", 3),
         *FURTHER,
         *AVERAGED,
     )
 }
-LEAST = (("adam", 0), ("adam averaged", 1), ("adam", 3), ("sgd", 2), ("adam", 4), ("adam averaged", 5))
+LEAST = (
+    ("adam", 0),
+    ("adam averaged", 1),
+    ("adam", 3),
+    ("sgd", 2),
+    ("adam", 4),
+    ("adam averaged", 5),
+    ("adam", 7),
+    ("rmsprop averaged", 6),
+)
 # Those that divide, and take a root.
 DIVIDES = ("adam", "rmsprop", "radam")
 # Which arrays a walk reads and writes, each in one place; but phi, which starts in one place and is synced in another.
@@ -190,6 +215,10 @@ def is_narrow(state: torch.dtype) -> bool:
     return state.itemsize < 4
 
 
+def has_codes(state: torch.dtype) -> bool:
+    return state == CODES
+
+
 def is_averaged(rule: str) -> bool:
     return rule.endswith("averaged")
 
@@ -198,7 +227,7 @@ def walks(target: str) -> Iterator[tuple[str, str, torch.dtype, torch.dtype, tor
     in_full = (*itertools.product(RULES, range(len(PATTERNS))), *FURTHER, *AVERAGED)
     for rule, i in in_full if target == IN_FULL else IN_PART.get(target, LEAST):
         pattern = PATTERNS[i]
-        moments = " with narrow moments" if is_narrow(pattern[2]) else ""
+        moments = " with codes" if has_codes(pattern[2]) else " with narrow moments" if is_narrow(pattern[2]) else ""
         yield f"{rule} of {pattern[0]}{moments} on {target}", rule, *pattern, compiled(target, "chunks", rule, *pattern)
 
 
@@ -212,19 +241,46 @@ def every_kernel(target: str) -> Iterator[tuple[str, Any]]:
     yield f"clip on {target}", compiled_norm(target, "clip", FP64)
 
 
-def sizes(rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> dict[str, tuple[int, int]]:
-    """For each array the bytes for each element that the code reads and writes, whatever of it a step runs."""
+def arrays(rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> dict[str, tuple[str, int]]:
+    """For each array how it is used, whatever of it a step runs, and the bytes of an element."""
     compute = 8 if param == FP64 else 4
     size = Counter({"param": param.itemsize, "grad": grad.itemsize})
     size |= dict.fromkeys(("cached", "m0", "m1", "m2"), state.itemsize)
-    arrays = dict(ARRAYS[rule])
+    uses = dict(ARRAYS[rule])
     if param.itemsize < compute:
-        arrays["master"] = "rw"
+        uses["master"] = "rw"
         if param == BF16:
             size["master"] = 2
         elif is_averaged(rule):
-            arrays["param"] = "w"
-    return {n: tuple(uses.count(use) * (size[n] or compute) for use in "rw") for n, uses in arrays.items()}  # type: ignore[misc]
+            uses["param"] = "w"
+    return {name: (use, size[name] or compute) for name, use in uses.items()}
+
+
+def at_a_time(state: torch.dtype) -> int:
+    """How many elements a thread takes. Where moments are codes, 16 bytes of fp32, and as many of each other array."""
+    return 4 if has_codes(state) else 8
+
+
+def width(state: torch.dtype, itemsize: int) -> int:
+    """Of an access to an array, in bytes."""
+    return at_a_time(state) * itemsize if has_codes(state) else 16
+
+
+def sizes(rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> dict[str, tuple[int, int]]:
+    """For each array the bytes for each element that the code reads and writes."""
+    found = arrays(rule, param, grad, state)
+    return {name: (uses.count("r") * size, uses.count("w") * size) for name, (uses, size) in found.items()}
+
+
+def accesses(rule: str, param: torch.dtype, grad: torch.dtype, state: torch.dtype) -> dict[int, tuple[int, int]]:
+    """Of each width how many accesses that takes a thread: reads and writes."""
+    counts: dict[int, tuple[int, int]] = {}
+    for uses, size in arrays(rule, param, grad, state).values():
+        wide = width(state, size)
+        each = at_a_time(state) * size // wide
+        reads, writes = counts.get(wide, (0, 0))
+        counts[wide] = reads + each * uses.count("r"), writes + each * uses.count("w")
+    return counts
 
 
 def test_what_a_walk_is_told_of_a_rule_are_constants() -> None:
@@ -243,7 +299,8 @@ def test_what_a_walk_is_told_of_a_rule_are_constants() -> None:
         ("chunks", "second = max_v", "second = v"),  # in a rule's update
         ("rows", "1.0 - lr * hyper", "1.0 + lr * hyper"),  # in its prepare
         ("chunks", "multiply(factor, b - a)", "multiply(factor, a - b)"),  # in what an update calls
-        ("chunks", "count // BLOCK * BLOCK", "count // BLOCK"),  # in the walk
+        ("chunks", "count // most * most", "count // most"),  # in the walk
+        ("chunks", "(largest >> shift) + 1", "largest >> shift"),  # in how moments are encoded
         ("rows", "hypers", ""),  # in the compiled module's order of hyperparameters
     ],
 )
@@ -287,7 +344,7 @@ class Ptx:
 
     COLUMNS = (
         *("param", "grad", "step", "start", "y_interp", "weight_sum", "lr_max"),
-        *("master", "slow", "cached", "companion", "m0", "m1", "m2"),
+        *("master", "slow", "cached", "cached scale", "companion", "m0", "m1", "m2", "scale 0", "scale 1", "scale 2"),
     )
 
     def __init__(self, text: str) -> None:
@@ -298,12 +355,13 @@ class Ptx:
             if found and not line.startswith(("st.", "bra", "setp")):
                 self.made.setdefault(found[1], []).append(line)
 
-    def accesses(self) -> Iterator[tuple[str, str, bool]]:
-        """("r" or "w", the array, whether it is masked) for every access of 16 bytes."""
+    def accesses(self, widths: Iterable[int]) -> Iterator[tuple[str, str, bool, int]]:
+        """("r" or "w", the array, whether it is masked, the bytes) for every access of some widths."""
         for line in self.lines:
-            found = re.match(r"(@!?%p\d+ )?(ld|st)\.global\.v(?:4\.b32|2\.b64) .*\[ ?(%rd\d+)", line)
-            if found:
-                yield {"ld": "r", "st": "w"}[found[2]], self._array(found[3]), found[1] is not None
+            found = re.match(r"(@!?%p\d+ )?(ld|st)\.global(?:\.v(\d))?\.b(32|64) .*\[ ?(%rd\d+)", line)
+            wide = int(found[3] or 1) * int(found[4]) // 8 if found else 0
+            if found and wide in widths:
+                yield {"ld": "r", "st": "w"}[found[2]], self._array(found[5]), found[1] is not None, wide
 
     def _array(self, register: str) -> str:
         found, seen, left = set(), {register}, [register]
@@ -315,7 +373,8 @@ class Ptx:
                 operands = set(re.findall(r"%r\w*\d+", line)) - seen
                 seen |= operands
                 left += operands
-        (name,) = found - {""}
+        # None of what is no row's: coefficients, for one.
+        (name,) = found - {""} or {""}
         return name
 
     def _column(self, register: str) -> str:
@@ -336,16 +395,20 @@ class Ptx:
 
 @targets(*NVIDIA)
 def test_bytes_for_each_element(target: str) -> None:
-    """Counted per array in the unmasked path, all of it in accesses of 16 bytes. Under no mask are the arrays that
-    every row has; the others are asked for in the same accesses, by a predicate of their own."""
+    """Counted per array in the unmasked path, all of it in accesses of 16 bytes, or where moments are codes of four
+    elements. Under no mask are the arrays that every row has; the others are asked for in the same accesses, by a
+    predicate of their own, or in a branch."""
     for where, rule, param, grad, state, walk in walks(target):
         moved: Counter[tuple[str, str]] = Counter()
         always: Counter[str] = Counter()
-        for use, array, masked in Ptx(walk.asm["ptx"]).accesses():
-            # 16 bytes of each of 128 threads, for 1024 elements.
-            moved[array, use] += 2
-            always[array] += 0 if masked else 2
-        expected = sizes(rule, param, grad, state)
+        expected, own = sizes(rule, param, grad, state), arrays(rule, param, grad, state)
+        widths = {width(state, size) for _, size in own.values()}
+        for use, array, masked, wide in Ptx(walk.asm["ptx"]).accesses(widths):
+            # What is as wide is not all of an array's elements.
+            if array not in own or wide != width(state, own[array][1]):
+                continue
+            moved[array, use] += wide // at_a_time(state)
+            always[array] += 0 if masked else wide // at_a_time(state)
         assert {name: (moved[name, "r"], moved[name, "w"]) for name in {name for name, _ in moved}} == expected, where
         if rule == "adam" and param == FP32 and not is_narrow(state):
             assert always == {"param": 8, "grad": 4, "slow": 8, "m0": 0, "m1": 0, "m2": 0, "cached": 0, "companion": 0}
@@ -410,8 +473,8 @@ def test_machine_code_spills_and_fuses_nothing(target: str, tmp_path: Path) -> N
 
 @targets(*AMD)
 def test_amd_code(target: str) -> None:
-    """128 bits an access on the unmasked path, nothing spilled, nothing fused outside of a division or a root, and
-    subnormal numbers kept."""
+    """128 bits an access on the unmasked path, or where moments are codes four elements, nothing spilled, nothing fused
+    outside of a division or a root, and subnormal numbers kept."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
 
@@ -423,13 +486,15 @@ def test_amd_code(target: str) -> None:
         pytest.skip(f"links with a program that triton {triton_backend.version()} does not bring: {error}")
     for where, rule, param, grad, state, walk in walks(target):
         text = walk.asm["amdgcn"]
-        reads, writes = (sum(uses) // 2 for uses in zip(*sizes(rule, param, grad, state).values(), strict=True))
-        # The table too is read 16 bytes at a time where its words lie side by side.
-        assert len(re.findall(r"\bglobal_load_dwordx4\b", text)) >= reads, where
-        stores = len(re.findall(r"\bglobal_store_dwordx4\b", text))
-        # A loop that is short enough is unrolled; and before Triton 3.7 what follows a branch may stand on both ways.
-        repeated = rule == "external averaged" and stores % writes == 0
-        assert stores == writes or repeated or (BEFORE_3_7 and stores > writes), where
+        for wide, (reads, writes) in accesses(rule, param, grad, state).items():
+            words = {4: "dword", 8: "dwordx2", 16: "dwordx4"}[wide]
+            # The table too is read 16 bytes at a time where its words lie side by side.
+            assert len(re.findall(rf"\b(?:global|buffer)_load_{words}\b", text)) >= reads, where
+            stores = len(re.findall(rf"\b(?:global|buffer)_store_{words}\b", text))
+            # A loop that is short enough is unrolled; and before Triton 3.7 what follows a branch may stand on both
+            # ways. As wide as four codes is a scale, too.
+            repeated = (rule == "external averaged" and stores % writes == 0) or (wide == 4 and stores > writes)
+            assert stores == writes or repeated or (BEFORE_3_7 and stores > writes), where
         if rule.split()[0] not in DIVIDES:
             assert re.findall(r"\bv_(?:pk_)?(?:fma|mac)\w*", text) == [], where
     for where, kernel in every_kernel(target):
