@@ -14,6 +14,10 @@ from bench.codes.moments import BETAS, EPS, Moments, in_blocks
 RANDOM = 1 << 16
 # The golden ratio of 16 bits: of its multiples any number of successive ones lie evenly.
 GOLDEN = 40503
+# Of gradients in one block, beside its largest, and over how many steps they are looked at.
+SIZES, LAST = (1.0, 1e-2, 1e-3, 1e-4), 100
+# Elements that are looked at while they fade; blocks between are left out. So many have a mean within 0.3 %.
+FADING = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ def faded(pair: Pair, second: Tensor, steps: int, *, alone: bool, seed: int = 0)
     """
     draws = _draws(pair, seed)
     start = second.view(-1, pair.block)
+    start = start[:: max(1, start.numel() // FADING)]
     fading = torch.full_like(start, BETAS[1])
     if alone:
         fading.scatter_(1, start.argmax(1, keepdim=True), 1.0)
@@ -140,6 +145,48 @@ def faded(pair: Pair, second: Tensor, steps: int, *, alone: bool, seed: int = 0)
         exact = exact * fading
         stored = torch.where(fading < 1, pair.second(stored * fading, draws(stored, 1)), start)
     return _mean_ratio(stored[fading < 1], exact[fading < 1])
+
+
+@dataclass(frozen=True)
+class Uneven:
+    """Of elements of one size of gradients, in blocks with others.
+
+    Attributes:
+        size: over the largest in the block.
+        along: what their steps have of fp32's, 1 where they are the same on average.
+        error: length of the error over the length of fp32's steps.
+    """
+
+    size: float
+    along: float
+    error: float
+
+
+def uneven(pair: Pair, steps: int = 600, blocks: int = 16, seed: int = 0) -> list[Uneven]:
+    """The steps of elements whose gradients differ in size by `SIZES`, alternating in each block, over the last 100.
+
+    Gradients are normal, and independent.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+    draws = _draws(pair, seed)
+    sizes = torch.tensor(SIZES).repeat(blocks, pair.block // len(SIZES))
+    exact, stored = ([torch.zeros_like(sizes) for _ in BETAS] for _ in range(2))
+    both, length, error = (torch.zeros_like(sizes, dtype=torch.float64) for _ in range(3))
+    for step in range(1, steps + 1):
+        gradient = sizes * torch.randn(sizes.shape, generator=generator)
+        for moments in (exact, stored):
+            advance(moments, gradient)
+        first, second = stored
+        stored = [pair.first(first, draws(first, 0)), pair.second(second, draws(second, 1))]
+        if step > steps - LAST:
+            new, old = (step_of(m, v, step).double() for m, v in (stored, exact))
+            both, length, error = both + new * old, length + old * old, error + (new - old) ** 2
+    found = []
+    for size in SIZES:
+        there = sizes == torch.tensor(size)
+        of_size = length[there].sum()
+        found.append(Uneven(size, float(both[there].sum() / of_size), float((error[there].sum() / of_size).sqrt())))
+    return found
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bench.codes.errors import Uneven
+
 Figures = Mapping[str, Sequence[Mapping[str, Any]]]
 # An error is told by its root of the mean square, what one number in a thousand exceeds, and the largest.
 THREE = "rms / 99.9 % / worst"
@@ -19,6 +21,17 @@ def shown(title: str, figures: Figures) -> str:
     parts += ["The same, the last moments, by block.", _once(figures["blocks"])]
     parts += [f"In the code from the first step on, beside fp32; errors {THREE}.", _kept(figures["kept"])]
     return "\n\n".join(parts) + "\n"
+
+
+def shown_uneven(figures: Mapping[str, Sequence[Uneven]]) -> str:
+    """By code, of each size of gradients what its steps have of fp32's."""
+    sizes = [one.size for one in next(iter(figures.values()))]
+    header = ["code", *("the largest" if size == 1 else f"{size:g} of it" for size in sizes)]
+    rows = [
+        [code, *(f"{_number(one.along)} ± {_number(one.error)}" for one in found)] for code, found in figures.items()
+    ]
+    said = "Steps of elements by the size of their gradients in the block, over fp32's, ± the length of their error."
+    return f"{said}\n\n{_table(header, rows)}\n"
 
 
 def _within(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -173,6 +173,18 @@ def test_to_the_nearest_it_stalls() -> None:
     assert errors.faded(PAIR["E4M3"], second, 500, alone=False) == pytest.approx(1, abs=0.01)
 
 
+def test_a_small_gradient_beside_large_ones_trains_as_far_as_the_range_of_v_goes() -> None:
+    """Half as many decades as v's; below that a step is a fraction of what it is in fp32, and never a huge one."""
+    found = {
+        name: errors.uneven(PAIR[name], steps=300, blocks=8) for name in ("m 3 bits, v 3", "m 3 bits, v 4", "bf16")
+    }
+    along = {name: [round(one.along, 1) for one in of_code] for name, of_code in found.items()}
+    assert along["bf16"] == along["m 3 bits, v 3"] == [1, 1, 1, 1]
+    assert along["m 3 bits, v 4"][:2] == [1, 1]
+    assert along["m 3 bits, v 4"][2] < 0.5
+    assert found["bf16"][0].error < 0.1 < found["m 3 bits, v 3"][0].error < 0.3
+
+
 def test_exact_codes_cost_nothing() -> None:
     def exact(x: Tensor, draw: Tensor) -> Tensor:
         return x
