@@ -27,7 +27,7 @@ FLAGS = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-o
 LEFT_OUT = ("building", "benchmarks", "clients", "evidence", "test_cuda*", "test_triton*")
 NOT_COMPILED = "not compile"
 # Every access of a walk is in these; the others look at what surrounds it.
-QUICK = ("test_layout.py", "test_native.py", "test_moves.py", "test_rules.py")
+QUICK = ("test_layout.py", "test_native.py", "test_moves.py", "test_rules.py", "test_int8_moments.py")
 
 # A gradient of five elements, of which as many are allocated as is told: only a walk reads it.
 OVERRUN = """
