@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda_on_host.h"
+#include "traffic.h"
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -20,6 +21,8 @@ constexpr size_t STACK_BYTES = 64 << 10;
 constexpr size_t WARP = 32;
 
 void run_fiber();
+
+enum class WarpOperation { SYNC, FROM_NEIGHBOUR, FROM_FIRST_LANE, LARGEST, ANY };
 
 enum class State { READY, AT_BLOCK_BARRIER, AT_WARP_BARRIER, FINISHED };
 
@@ -32,7 +35,9 @@ struct Fiber {
     std::vector<char> stack = std::vector<char>(STACK_BYTES);
     void* fake_stack = nullptr;  // AddressSanitizer's
     State state = State::READY;
-    // What this lane gave its neighbour, last and before that: nobody is two exchanges ahead.
+    // At which of a warp's operations this lane waits. Those of a warp wait at the same one.
+    WarpOperation operation{};
+    // What this lane gave the others, last and before that: nobody is two exchanges ahead.
     uint2 given[2];
     unsigned exchanges = 0;
 
@@ -51,10 +56,12 @@ struct Block {
     const void* stack_bottom = nullptr;
     size_t stack_bytes = 0;
     std::vector<std::unique_ptr<Fiber>> fibers;
+    size_t threads = 0;
     Fiber* current = nullptr;
     const std::function<void()>* thread = nullptr;
 } block;
 
+// At a barrier, or for good.
 void leave_fiber(State state) {
     Fiber* const fiber = block.current;
     fiber->state = state;
@@ -95,13 +102,17 @@ void enter_fiber(Fiber& fiber) {
 // Lets those from `begin` to `end` go on where they all wait at one barrier.
 bool release(size_t begin, size_t end, State barrier) {
     const auto first = block.fibers.begin() + begin, last = block.fibers.begin() + end;
-    if (!std::all_of(first, last, [=](const auto& fiber) { return fiber->state == barrier; })) return false;
+    const WarpOperation operation = (*first)->operation;
+    const auto waits = [=](const auto& fiber) {
+        return fiber->state == barrier && (barrier != State::AT_WARP_BARRIER || fiber->operation == operation);
+    };
+    if (!std::all_of(first, last, waits)) return false;
     std::for_each(first, last, [](const auto& fiber) { fiber->state = State::READY; });
     return true;
 }
 
 bool run_block(const std::vector<unsigned>& order) {
-    const size_t threads = order.size();
+    const size_t threads = block.threads = order.size();
     while (block.fibers.size() < threads) block.fibers.push_back(std::make_unique<Fiber>());
     for (size_t i = 0; i < threads; ++i) {
         block.fibers[i]->state = State::READY;
@@ -136,6 +147,27 @@ std::vector<unsigned> shuffled(unsigned count, unsigned seed) {
     return order;
 }
 
+void wait_for_warp(WarpOperation operation) {
+    block.current->operation = operation;
+    leave_fiber(State::AT_WARP_BARRIER);
+    end_run_of_accesses();
+}
+
+// What the lanes of a warp give each other: all have given theirs before any goes on.
+class Exchange {
+   public:
+    Exchange(WarpOperation operation, uint2 given) : turn_(block.current->exchanges++ % 2) {
+        block.current->given[turn_] = given;
+        wait_for_warp(operation);
+    }
+    static size_t first() { return threadIdx.x / WARP * WARP; }
+    static size_t end() { return std::min(first() + WARP, block.threads); }
+    uint2 of_thread(size_t thread) const { return block.fibers[thread]->given[turn_]; }
+
+   private:
+    unsigned turn_;
+};
+
 }  // namespace
 
 bool run_blocks(unsigned blocks, unsigned threads, const std::function<void()>& thread, unsigned order,
@@ -149,13 +181,27 @@ bool run_blocks(unsigned blocks, unsigned threads, const std::function<void()>& 
     return true;
 }
 
-void __syncthreads() { leave_fiber(State::AT_BLOCK_BARRIER); }
+void __syncthreads() {
+    leave_fiber(State::AT_BLOCK_BARRIER);
+    end_run_of_accesses();
+}
 
-uint2 from_neighbour(uint2 given) {
-    Fiber& fiber = *block.current;
-    const unsigned turn = fiber.exchanges++ % 2;
-    const unsigned neighbour = threadIdx.x ^ 1;
-    fiber.given[turn] = given;
-    leave_fiber(State::AT_WARP_BARRIER);
-    return block.fibers[neighbour]->given[turn];
+void __syncwarp() { wait_for_warp(WarpOperation::SYNC); }
+
+uint2 from_neighbour(uint2 given) { return Exchange(WarpOperation::FROM_NEIGHBOUR, given).of_thread(threadIdx.x ^ 1); }
+
+uint32_t from_first_lane(uint32_t given) {
+    return Exchange(WarpOperation::FROM_FIRST_LANE, {given, 0}).of_thread(Exchange::first()).x;
+}
+
+uint32_t largest_in_warp(uint32_t own) {
+    const Exchange exchange(WarpOperation::LARGEST, {own, 0});
+    for (size_t i = Exchange::first(); i < Exchange::end(); ++i) own = std::max(own, exchange.of_thread(i).x);
+    return own;
+}
+
+bool any_in_warp(bool own) {
+    const Exchange exchange(WarpOperation::ANY, {own, 0});
+    for (size_t i = Exchange::first(); i < Exchange::end(); ++i) own = own || exchange.of_thread(i).x != 0;
+    return own;
 }

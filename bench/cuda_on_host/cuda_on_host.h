@@ -86,8 +86,12 @@ cudaError_t cudaUserObjectRelease(cudaUserObject_t object, unsigned count);
 cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object, unsigned count, unsigned flags);
 
 void __syncthreads();
+void __syncwarp();
 // csrc/cuda/runtime.h tells what for.
 uint2 from_neighbour(uint2 given);
+uint32_t from_first_lane(uint32_t given);
+uint32_t largest_in_warp(uint32_t own);
+bool any_in_warp(bool own);
 
 namespace stand_in {
 cudaError_t load_kernel();

@@ -28,6 +28,26 @@ __device__ __forceinline__ uint2 from_neighbour(uint2 given) {
     return make_uint2(__shfl_xor_sync(0xffffffffu, given.x, 1), __shfl_xor_sync(0xffffffffu, given.y, 1));
 }
 
+// What a warp's first lane gives: known to be the same in all, so that branches by it are taken by a warp together.
+__device__ __forceinline__ uint32_t from_first_lane(uint32_t given) { return __shfl_sync(0xffffffffu, given, 0); }
+
+// The largest that any lane of a warp gives; all of them come here together.
+__device__ __forceinline__ uint32_t largest_in_warp(uint32_t own) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(0xffffffffu, own);
+#else
+    // The oldest architecture has no instruction for it.
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, own, lanes);
+        own = own < other ? other : own;
+    }
+    return own;
+#endif
+}
+
+__device__ __forceinline__ bool any_in_warp(bool own) { return __any_sync(0xffffffffu, own); }
+
 __device__ __forceinline__ float half_bits_to_float(uint16_t bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
