@@ -165,9 +165,10 @@ def aligned(tensor: torch.Tensor, alignment: int) -> torch.Tensor:
 
 
 def test_the_table_is_a_small_part_of_the_traffic() -> None:
-    """What a block reads of the table, against the chunk it updates, which is the smallest for AdamW in bf16."""
-    row, chunk, step = 128, 16, 192
-    assert (row + chunk + step) / (22 * CHUNK_ELEMENTS) < 0.01
+    """What a block reads of the table, against the chunk it updates, which is the smallest for AdamW in bf16 with its
+    moments in codes."""
+    row, chunk, step = 160, 16, 192
+    assert (row + chunk + step) / (10 * CHUNK_ELEMENTS) < 0.01
 
 
 @pytest.mark.parametrize(("tuned", "blocks"), [({}, 4), ({"chunk_elements": 1000}, 13)])

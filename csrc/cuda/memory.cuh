@@ -24,6 +24,10 @@ enum class Reuse { SOON, NEXT_STEP };
 template <int BYTES>
 struct WordOf;
 template <>
+struct WordOf<1> {
+    using Type = unsigned char;
+};
+template <>
 struct WordOf<2> {
     using Type = unsigned short;
 };

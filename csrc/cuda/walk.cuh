@@ -9,6 +9,7 @@
 
 #include "../table/prologue.h"
 #include "../table/walks.h"
+#include "coded.cuh"
 #include "kernels.h"
 #include "launch.cuh"
 #include "memory.cuh"
@@ -489,15 +490,28 @@ const Kernel* kernel() {
             return launch(&rows<Rule, T>, blocks, ROW_THREADS, stream, arguments);
         },
         [](const Launch& arguments, unsigned blocks, cudaStream_t stream) {
-            const auto walk =
-                averages(Policies{}, arguments.policy) ? &averaged<Rule, P, G, S> : &chunks<Rule, P, G, S>;
-            return launch(walk, blocks, CHUNK_THREADS, stream, arguments);
+            const bool averaging = averages(Policies{}, arguments.policy);
+            if constexpr (std::is_same_v<S, Code>) {
+                const ElementTypes types{DtypeOf<P>::value, DtypeOf<G>::value};
+                const auto walk = averaging ? &coded_averaged<Rule> : &coded<Rule>;
+                return launch(walk, blocks, CHUNK_THREADS, stream, arguments, types);
+            } else {
+                const auto walk = averaging ? &averaged<Rule, P, G, S> : &chunks<Rule, P, G, S>;
+                return launch(walk, blocks, CHUNK_THREADS, stream, arguments);
+            }
         },
         [] {
             cudaFuncAttributes attributes;
-            cudaError_t error = cudaFuncGetAttributes(&attributes, &rows<Rule, T>);
-            if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, &chunks<Rule, P, G, S>);
-            return error != cudaSuccess ? error : cudaFuncGetAttributes(&attributes, &averaged<Rule, P, G, S>);
+            const auto load = [&](const auto... kernels) {
+                cudaError_t error = cudaSuccess;
+                ((error = error == cudaSuccess ? cudaFuncGetAttributes(&attributes, kernels) : error), ...);
+                return error;
+            };
+            if constexpr (std::is_same_v<S, Code>) {
+                return load(&rows<Rule, T>, &coded<Rule>, &coded_averaged<Rule>);
+            } else {
+                return load(&rows<Rule, T>, &chunks<Rule, P, G, S>, &averaged<Rule, P, G, S>);
+            }
         }};
     return &kernel;
 }
@@ -511,8 +525,7 @@ const Kernel* find_walk(Dtype param, Dtype grad, Dtype state) {
         using P = typename decltype(pattern)::Param;
         using G = typename decltype(pattern)::Grad;
         using S = typename decltype(pattern)::State;
-        if constexpr (!std::is_same_v<S, Code> && std::is_same_v<Compute<P>, double> == FP64)
-            found = kernel<Rule, P, G, S>();
+        if constexpr (std::is_same_v<Compute<P>, double> == FP64) found = kernel<Rule, P, G, S>();
     });
     return found;
 }

@@ -21,7 +21,7 @@ from .gpu import LentUsedOn, PinnedUsedOn, UsedOn, moved_while_capturing, no_tab
 
 NAME = "cuda"
 DEVICES: tuple[str, ...] = ("cuda",)
-STATE_DTYPES: tuple[str, ...] = ("float32", "bfloat16")
+STATE_DTYPES: tuple[str, ...] = ("float32", "bfloat16", "int8")
 
 # What one block updates. At the end of a step the last blocks leave the memory idle: in chunks of 16,384 elements
 # ResNet-50's 161 fp32 tensors are 1,667 blocks of up to 459 KB, 3.2 for each of the 528 places on an H100, and a last
