@@ -108,6 +108,11 @@ def bytes_asked_with_halves(kernel: Kernel) -> list[int]:
     return _runs_of_loads(kernel, {"128": 16, "EF.64": 8})
 
 
+def bytes_asked_with_codes(kernel: Kernel) -> list[int]:
+    """The same with the codes of moments, 4 bytes."""
+    return _runs_of_loads(kernel, {"128": 16, "EF.64": 8, "EF": 4})
+
+
 def _runs_of_loads(kernel: Kernel, counted: dict[str, int]) -> list[int]:
     runs, asked, pending = [], 0, set[int]()
     for line in kernel.code:
@@ -143,9 +148,11 @@ def ptx_text(module: Path) -> str:
 
 
 def _short(mangled: str) -> str:
-    """chunks<Adam, BFloat16, float, float>, of the mangled name."""
+    """chunks<Adam, BFloat16, float, float> or coded<Adam>, of the mangled name."""
     letters = {"f": "float", "d": "double"}
-    names = re.search(r"(rows|chunks|averaged)INS0_\d+([A-Z][a-zA-Z]+?)E(.*?)EEvNS_6LaunchE", mangled)
+    names = re.search(
+        r"\d(rows|chunks|averaged|coded|coded_averaged)INS0_\d+([A-Z][a-zA-Z]+?)E(.*?)EEvNS_6LaunchE", mangled
+    )
     if names is None:
         return mangled
     rest = re.findall(r"NS0?_\d+(\w+?)E|(S\d?_)|([fd])", names[3])

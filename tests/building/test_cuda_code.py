@@ -17,6 +17,8 @@ pytestmark = pytest.mark.xdist_group("cuda-code")
 MOST_REGISTERS = 64
 # How many moments each rule has, and how many of them not every step has.
 MOMENTS = {"Adam": (3, 1), "Sgd": (1, 0), "RMSprop": (3, 2), "RAdam": (2, 0), "Lion": (1, 0), "External": (1, 0)}
+# The walks over moments in codes: a kernel for all patterns of dtypes.
+CODED = ("coded", "coded_averaged")
 # Those that divide, and take a root.
 DIVIDE = ("Adam", "RMSprop", "RAdam")
 
@@ -39,12 +41,12 @@ def kernels(path: Path) -> list[cuda_code.Kernel]:
 
 
 def rule_of(kernel: cuda_code.Kernel) -> str:
-    return kernel.name.partition("<")[2].partition(",")[0]
+    return re.split(r"[<,>]", kernel.name)[1]
 
 
 def is_bf16(kernel: cuda_code.Kernel) -> bool:
     """Of the parameter."""
-    return "<" in kernel.name and "BFloat16" in kernel.name.split(",")[1]
+    return "," in kernel.name and "BFloat16" in kernel.name.split(",")[1]
 
 
 def has_narrow_moments(kernel: cuda_code.Kernel) -> bool:
@@ -68,6 +70,8 @@ def test_every_kernel_is_there_for_every_architecture(
     names = {kernel.name for kernel in kernels}
     for kind in ("chunks<", "averaged<"):
         assert len([name for name in names if name.startswith(kind)]) == 12 * (len(MOMENTS) - 1) + 7
+    for kind in CODED:
+        assert len([name for name in names if name.startswith(f"{kind}<")]) == len(MOMENTS)
     assert len([name for name in names if name.startswith("rows<")]) == 2 * len(MOMENTS)
     assert {(k.name, k.architecture) for k in kernels} == {(name, f"sm_{entry}") for name in names for entry in entries}
     assert len(kernels) == len(names) * len(entries)
@@ -176,6 +180,57 @@ def test_narrow_moments_take_8_bytes_a_thread(
         print("\n" + "\n".join(sorted(lines)))
 
 
+def test_codes_take_4_bytes_a_thread(kernels: list[cuda_code.Kernel], capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside them what is in fp32 takes 16, and what has 16 bits 8. In flight is what an H100 needs at least, by
+    Little's law (see above), in a step: a sync of its own has less to ask for."""
+    lines = []
+    for kernel, where in walks(kernels, *CODED):
+        codes, (moments, optional) = kernel.opcodes(), MOMENTS[rule_of(kernel)]
+        external, averaged = rule_of(kernel) == "External", kernel.name.startswith("coded_averaged")
+        found = {
+            (op, size): sum(n for code, n in codes.items() if re.fullmatch(rf"{op}\.E(\.EF)?{size}(\.SYS)?", code))
+            for op in ("LDG", "STG")
+            for size in ("", r"\.64", r"\.128", r"\.U8")
+        }
+        assert not [code for code in codes if re.match(r"(LD|ST)(\.|$)", code)], where
+        # Weights and gradient, of 32 bits and of 16; phi and its momentum, z, or x.
+        assert found["LDG", r"\.128"] >= 2 - external + (1 if averaged else 2), where
+        assert found["STG", r"\.128"] >= 1 + (1 if averaged else 2), where
+        assert found["LDG", r"\.64"] >= 3 - external, where
+        assert found["STG", r"\.64"] >= 3, where
+        # The moments', and the first one's copy.
+        of_moments = 0 if external and averaged else moments + (not averaged)
+        assert found["LDG", ""] >= of_moments, where
+        assert found["STG", ""] >= of_moments, where
+        # Where they are taken one by one.
+        assert found["LDG", r"\.U8"] == found["STG", r"\.U8"] == 4 * of_moments, where
+        if not external and not averaged:
+            # The gradient is loaded in fp32 or, by 8 bytes, in 16 bits.
+            asked = cuda_code.bytes_asked_with_codes(kernel)[0] - 8 - 4 * optional
+            in_flight = asked * kernel.resident_threads(256)
+            lines.append(f"{where:58} {asked:4} bytes a thread, {in_flight // 1024:3} KB a multiprocessor")
+            assert in_flight >= 18 << 10, where
+    with capsys.disabled():
+        print("\n" + "\n".join(sorted(lines)))
+
+
+def test_a_block_s_largest_is_found_in_registers(kernels: list[cuda_code.Kernel]) -> None:
+    """By one instruction, or on the oldest architecture by five shuffles. Nothing is written to shared memory but what
+    the first thread prepares for its block."""
+    for kernel, where in walks(kernels, *CODED):
+        codes = kernel.opcodes()
+        if rule_of(kernel) == "External" and kernel.name.startswith("coded_averaged"):
+            continue
+        reduced = sum(n for code, n in codes.items() if re.match(r"C?REDUX\.MAX", code))
+        shuffled = sum(n for code, n in codes.items() if code.startswith("SHFL.BFLY"))
+        moments, _ = MOMENTS[rule_of(kernel)]
+        assert reduced >= moments or kernel.architecture == "sm_75", where
+        assert shuffled >= 5 * moments if kernel.architecture == "sm_75" else shuffled == 0, where
+        barriers = [i for i, line in enumerate(kernel.code) if cuda_code.opcode(line).startswith("BAR.SYNC")]
+        assert len(barriers) == 1, where
+        assert not [line for line in kernel.code[barriers[0] :] if cuda_code.opcode(line).startswith("STS")], where
+
+
 def test_the_module_is_small(path: Path) -> None:
     assert path.stat().st_size <= 10 << 20
 
@@ -200,7 +255,7 @@ def test_the_rules_are_rounded_operation_by_operation(kernels: list[cuda_code.Ke
     Those sequences are recognized by where they stand: a rule without division and root has none of their
     instructions, and one with them has an approximate start (MUFU) for each division and root, and no more.
     """
-    for kernel, where in walks(kernels):
+    for kernel, where in walks(kernels, "chunks", "averaged", *CODED):
         codes = kernel.opcodes()
         fused = [code for code in codes if re.match(r"(FFMA|DFMA|HFMA2(?!\.MMA)|FSWZ)", code)]
         starts = {code for code in codes if code.startswith("MUFU")}
@@ -237,7 +292,7 @@ def test_bf16_is_rounded_by_an_instruction_where_there_is_one(kernels: list[cuda
 
 
 def test_no_fp64_outside_of_fp64(kernels: list[cuda_code.Kernel]) -> None:
-    for kernel, where in walks(kernels):
+    for kernel, where in walks(kernels, "chunks", "averaged", *CODED):
         if "double" not in kernel.name:
             wide = [code for code in kernel.opcodes() if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|MUFU.*64|.*F64", code)]
             assert wide == [], where

@@ -31,9 +31,10 @@ def test_under_address_and_undefined_behaviour_sanitizers() -> None:
         "LD_PRELOAD": ":".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
     }
-    names = ("test_rules.py", "test_layout.py", "test_cuda_traffic.py", "test_cuda_launches.py", "test_cuda_graphs.py")
-    files = [str(Path(__file__).parents[1] / name) for name in names]
-    selected = "cuda-host and (test_views or test_values) or each_array and 4099 or test_twelve or test_any_call"
+    names = ("rules", "layout", "cuda_traffic", "cuda_codes", "cuda_launches", "cuda_graphs")
+    files = [str(Path(__file__).parents[1] / f"test_{name}.py") for name in names]
+    selected = "cuda-host and (test_views or test_values) or each_array and 4099 or beside_an_array"
+    selected += " or test_twelve or test_any_call"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selected]
     done = subprocess.run([*command, *files], env=env, capture_output=True, text=True, timeout=6000)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
