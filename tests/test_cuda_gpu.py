@@ -29,12 +29,16 @@ def set_grads(params: list[torch.nn.Parameter], seed: int) -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("master", [False, True])
-def test_the_bits_of_the_cpu(rule: str, dtype: torch.dtype, master: bool) -> None:
+@pytest.mark.parametrize("state_dtype", ["float32", "int8"])
+def test_the_bits_of_the_cpu(rule: str, dtype: torch.dtype, master: bool, state_dtype: str) -> None:
     """Begun on the GPU, gone on with on the CPU and back: no step shows where it ran."""
+    if state_dtype != "float32" and dtype == torch.float64:
+        pytest.skip("fp64 parameters have their moments in fp64")
+    settings = {"master_weights": master, "state_dtype": state_dtype}
     runs = []
     for case in (CUDA, CPU):
         params = make_params(SHAPES, dtype, device=case.device)
-        optimizer = make_optimizer(rule, params, case, lr=0.1, master_weights=master, **RULES[rule])
+        optimizer = make_optimizer(rule, params, case, lr=0.1, **settings, **RULES[rule])
         for t in range(8):
             set_grads(params, t)
             optimizer.step()

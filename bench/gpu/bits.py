@@ -37,13 +37,16 @@ POLICIES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "reset": functools.partial(Lookahead, k=2, pullback_momentum="reset", outer_momentum=0.5, outer_nesterov=False),
     "mean": functools.partial(EMA, decay="uniform", every=2),
 }
-DTYPES = {
-    "fp32": (torch.float32, False),
-    "bf16": (torch.bfloat16, False),
-    "bf16-master": (torch.bfloat16, True),
-    "fp64": (torch.float64, False),
-    "fp16": (torch.float16, False),
-    "fp16-master": (torch.float16, True),
+# The parameters' dtype, whether they have masters, and the moments' dtype where that is another than computed in.
+DTYPES: dict[str, tuple[torch.dtype, bool, str]] = {
+    "fp32": (torch.float32, False, "float32"),
+    "bf16": (torch.bfloat16, False, "float32"),
+    "bf16-master": (torch.bfloat16, True, "float32"),
+    "fp64": (torch.float64, False, "float32"),
+    "fp16": (torch.float16, False, "float32"),
+    "fp16-master": (torch.float16, True, "float32"),
+    "fp32, int8 moments": (torch.float32, False, "int8"),
+    "bf16-master, int8 moments": (torch.bfloat16, True, "int8"),
 }
 AVERAGED = ("gpa", "schedule-free")
 STEPS = 6
@@ -64,12 +67,13 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Every pair of a rule and a policy in every dtype that it takes. The first few have each of them once."""
+    """Every pair of a rule and a policy in every dtype that it takes. The first few have each of them."""
     made = []
     for (r, rule), (d, dtype), (p, policy) in itertools.product(*map(enumerate, (RULES, DTYPES, POLICIES))):
-        narrow = DTYPES[dtype][0].itemsize == 2 and not DTYPES[dtype][1]
+        of_params, master, _ = DTYPES[dtype]
+        narrow = of_params.itemsize == 2 and not master
         if not (policy in AVERAGED and narrow):  # refused: x cannot be recovered from 16 bits
-            made.append(((p - r) % len(POLICIES) + (d - r) % len(DTYPES), Case(rule, dtype, policy)))
+            made.append(((p - d) % len(POLICIES) + (d - r) % len(RULES), Case(rule, dtype, policy)))
     return [case for _, case in sorted(made, key=lambda pair: pair[0])]
 
 
@@ -100,7 +104,10 @@ def _placed(value: Tensor, device: str, shift: bool) -> Tensor:
 
 def optimizer(case: Case, params: list[nn.Parameter], backend: str) -> torch.optim.Optimizer:
     rule, hyper = RULES[case.rule]
-    return POLICIES[case.policy](rule(params, **hyper), master_weights=DTYPES[case.dtype][1], backend=backend)
+    _, master, state_dtype = DTYPES[case.dtype]
+    if state_dtype != "float32":
+        hyper = {name: value for name, value in hyper.items() if name != "centered"}  # refused: a variance of 8 bits
+    return POLICIES[case.policy](rule(params, **hyper), master_weights=master, state_dtype=state_dtype, backend=backend)
 
 
 def contents(params: list[nn.Parameter], made: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ FAMILY: dict[str, Callable[[list[torch.nn.Parameter], str], Any]] = {
     "schedule-free": lambda params, backend: ScheduleFree(AdamW(params), backend=backend),
     "gpa, base of its own": lambda params, backend: GPA(NAdam(params), backend=backend),
     "bf16 moments": lambda params, backend: LookaheadAdamW(params, k=2, state_dtype="bfloat16", backend=backend),
+    "int8 moments": lambda params, backend: LookaheadAdamW(params, k=2, state_dtype="int8", backend=backend),
     "radam": lambda params, backend: LookaheadRAdam(params, k=2, backend=backend),
     "rmsprop": lambda params, backend: LookaheadRMSprop(params, k=2, backend=backend),
     "lion": lambda params, backend: LookaheadLion(params, k=2, backend=backend),
