@@ -166,6 +166,12 @@ def scales_of(at, lanes, column: constexpr):
 
 
 @triton.jit
+def has_cached(at, S: constexpr):
+    """Where moments are codes it is asked in every block: held over them, it would spill from sm_100's predicates."""
+    return read(at.row, ROW_CACHED_MOMENTUM, tl.int64) != 0 if S == CODE else at.has_cached
+
+
+@triton.jit
 def load_moment(at, array, scale: constexpr, lanes, has, squares: constexpr, S: constexpr, T: constexpr):
     """`scale` is the column of a row that has them, where moments are codes."""
     mask = has & lanes.inside
@@ -216,7 +222,7 @@ def store_moments(at, own, lanes, moments, random, averages: constexpr, rule: co
             # No mask: what a row has not would take as long to encode, and all loads are under way.
             code, scales = codes_of(moments[m], random_half(random, m), lanes.inside, (rule.squares >> m) & 1)
             store_codes(at, at.moments[m], ROW_MOMENT_SCALE + m * 8, lanes, code, scales)
-            if m == 0 and not averages and at.has_cached & (tl.load(own) != 0):
+            if m == 0 and not averages and has_cached(at, S) & (tl.load(own) != 0):
                 store_codes(at, at.cached, ROW_CACHED_MOMENTUM_SCALE, lanes, code, scales)
 
 
@@ -294,7 +300,7 @@ def elements(at, own, c, lanes, place, rule: constexpr, P: constexpr, S: constex
         p, slow, outer = slow_weights(s, p, load(at.slow, i, inside), load(at.companion, i, mask))
         store(at.slow, i, slow, inside)
         store(at.companion, i, outer, mask)
-        has_copy = at.has_moment[0] & at.has_cached
+        has_copy = at.has_moment[0] & has_cached(at, S)
         cached = load_moment(at, at.cached, ROW_CACHED_MOMENTUM_SCALE, lanes, has_copy, False, S, T)
         moment, cached = slow_moment(s, moment, cached)
         if S != CODE:
