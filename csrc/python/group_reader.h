@@ -27,6 +27,11 @@ struct Field {
     double low, high;  // outside of these, and where it is no plain number, Python is asked
 };
 
+// Of a dictionary's key: a name that was interned, or one that a checkpoint has brought.
+inline bool same_name(PyObject* key, PyObject* name) {
+    return key == name || (PyUnicode_Check(key) && PyUnicode_Compare(key, name) == 0);
+}
+
 class GroupReader {
    public:
     // fields: (key, item, slot, kind, low, high) each. read_group(group) validates a group and gives its fields as
@@ -46,12 +51,14 @@ class GroupReader {
 
    private:
     struct Source {
-        PyObject* dict;                  // borrowed: the optimizer's list has it
-        std::vector<py::object> values;  // as last read, one for each field
-        bool each_step = false;          // a tensor that is not where the table is
-        PyObject* live[MAX_LIVE] = {};   // those in the group's, of `values`
+        PyObject* dict;                       // borrowed: the optimizer's list has it
+        std::vector<py::object> values;       // as last read, one for each field
+        std::vector<Py_ssize_t> places = {};  // of their entries in the dictionary, as PyDict_Next counts
+        bool each_step = false;               // a tensor that is not where the table is
+        PyObject* live[MAX_LIVE] = {};        // those in the group's, of `values`
     };
 
+    PyObject* look_up(Source& source, size_t field) const;
     bool read(TensorReader& tensors, const Description& device, size_t index);
     void read_in_python(TensorReader& tensors, const Description& device, size_t index);
     static void assign(Group& group, int slot, double value);

@@ -49,10 +49,6 @@ size_t place_of(const std::vector<Names>& all, const std::string& name) {
 
 bool is_count(double number) { return number >= 0 && std::isfinite(number); }
 
-bool same_name(PyObject* key, PyObject* name) {
-    return key == name || (PyUnicode_Check(key) && PyUnicode_Compare(key, name) == 0);
-}
-
 }  // namespace
 
 const std::vector<Names>& rule_names() {
@@ -222,10 +218,12 @@ bool TableBinding::find(PyObject* tensor, int column, size_t i, void** address) 
         marks = reader_.marks(tensor);
     }
     row.tensor[column] = tensor;
+    // Mostly, and then no more is asked.
+    if (*address == rows_[i].column[column] && *address != nullptr) return true;
     const int64_t elements = facts.extent == ColumnFacts::ELEMENTS ? rows_[i].numel
                              : facts.extent == ColumnFacts::ONE    ? 1
                                                                    : row.blocks.shape[0];
-    if (elements == 0 || *address == rows_[i].column[column]) return *address != nullptr || elements == 0;
+    if (elements == 0) return true;
     return *address != nullptr && reader_.holds(tensor, elements, column_dtype_[column].bits / 8) &&
            (!hosted || hold(tensor, column, i));
 }
@@ -319,14 +317,6 @@ bool TableBinding::find_entry(Tensors& row, int column, PyObject* entries, PyObj
         }
     }
     return reader_.is_tensor(*value);
-}
-
-// What may be read as it lies; borrowed. Null where Python has to bring it into its row's form.
-PyObject* TableBinding::local_gradient(size_t i, PyObject* gradient) {
-    const Tensors& row = tensors_[i];
-    if (row.copy != nullptr) return nullptr;
-    if (!row.is_shard) return reader_.is_plain(gradient) ? gradient : nullptr;
-    return shards_.placed_alike(row.owner, gradient, alike_[i]) ? shards_.local(gradient) : nullptr;
 }
 
 bool TableBinding::refresh_gradient(size_t i) {

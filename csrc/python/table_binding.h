@@ -117,7 +117,12 @@ class TableBinding {
     }
     bool find_place(Tensors& row, PyObject* state, PyObject** entries) const;
     bool find_entry(Tensors& row, int column, PyObject* entries, PyObject** value) const;
-    PyObject* local_gradient(size_t row, PyObject* gradient);
+    // What may be read as it lies; borrowed. Null where Python has to bring it into its row's form.
+    PyObject* local_gradient(size_t i, PyObject* gradient) {
+        const Tensors& row = tensors_[i];
+        if (!row.is_shard) return row.copy == nullptr && reader_.is_plain(gradient) ? gradient : nullptr;
+        return shards_.placed_alike(row.owner, gradient, alike_[i]) ? shards_.local(gradient) : nullptr;
+    }
     bool fits(const Description& tensor, int column, const Tensors& row) const;
     bool find(PyObject* tensor, int column, size_t row, void** address);
     bool hold(PyObject* tensor, int column, size_t row);

@@ -11,8 +11,7 @@ py::object attribute(PyObject* object, PyObject* name) {
 
 }  // namespace
 
-PyObject* ShardReader::local(PyObject* tensor) const {
-    if (tensors_.is_plain(tensor)) return tensor;
+PyObject* ShardReader::part(PyObject* tensor) const {
     PyObject* shard = local_.read(tensor, Py_None);
     if (shard == Py_None) {
         static PyObject* const name = PyUnicode_InternFromString("_local_tensor");

@@ -18,13 +18,16 @@ class ShardReader {
 
     // The tensor itself where it has memory of its own; of a DTensor the part on this rank. Borrowed. Null for what is
     // neither: of another class, or still on its way from another rank.
-    PyObject* local(PyObject* tensor) const;
+    PyObject* local(PyObject* tensor) const { return tensors_.is_plain(tensor) ? tensor : part(tensor); }
 
     // Whether two DTensors of one class lie on the very same mesh in equal placements. False says nothing: Python tells
     // whether what is not the same is equal.
     bool placed_alike(PyObject* own, PyObject* other, Alike& seen) const;
 
    private:
+    // The same of what is not itself such a tensor.
+    PyObject* part(PyObject* tensor) const;
+
     const TensorReader& tensors_;
     Slot local_{"_local_tensor"}, spec_{"_spec"};
 };

@@ -61,7 +61,7 @@ class TensorReader {
     // As `describe`, for a tensor of this reader's fastest way whose like was described before: only whether it is like
     // that one, in a fraction of the time, and where it lies.
     bool is_like(PyObject* tensor, const TorchShim::Marks& marks, const Description& layout) const {
-        return marks.known && is_tensor(tensor) &&
+        return marks.known && (is_known(tensor) || is_tensor(tensor)) &&
                shim_->is_like(tensor, marks, layout.ndim, layout.shape, layout.strides);
     }
     void* data(PyObject* tensor) const { return shim_->data(tensor); }
@@ -85,7 +85,7 @@ class TensorReader {
     bool is_negated(PyObject* tensor) const;
     // A tensor with memory of its own: not of a class around other tensors, whose operators do as the class says.
     bool is_plain(PyObject* object) const {
-        return Py_TYPE(object) == tensor_type_ || (is_tensor(object) && !has_own_dispatch(Py_TYPE(object)));
+        return is_known(object) || (is_tensor(object) && !has_own_dispatch(Py_TYPE(object)));
     }
     bool is_tensor(PyObject* object) const { return PyObject_TypeCheck(object, tensor_type_); }
 
@@ -99,6 +99,10 @@ class TensorReader {
         dlpack::DataType dtype;
     };
 
+    // Of a class that was last found to be a tensor's with memory of its own: parameters, mostly.
+    bool is_known(PyObject* object) const {
+        return Py_TYPE(object) == tensor_type_ || reinterpret_cast<PyObject*>(Py_TYPE(object)) == plain_type_.ptr();
+    }
     bool has_own_dispatch(PyTypeObject* type) const;
     bool describe_by_shim(PyObject* tensor, Description& out) const;
     bool describe_first(PyObject* tensor, Description& out);
