@@ -404,7 +404,8 @@ def test_bytes_for_each_element(target: str) -> None:
         expected, own = sizes(rule, param, grad, state), arrays(rule, param, grad, state)
         widths = {width(state, size) for _, size in own.values()}
         for use, array, masked, wide in Ptx(walk.asm["ptx"]).accesses(widths):
-            # What is as wide is not all of an array's elements.
+            # Only beside codes, what is as wide is not all of an array's elements: scales are, and coefficients.
+            assert array in own or has_codes(state), f"{where}: {array}"
             if array not in own or wide != width(state, own[array][1]):
                 continue
             moved[array, use] += wide // at_a_time(state)
