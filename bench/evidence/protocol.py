@@ -29,7 +29,7 @@ import numpy as np
 
 from bench.evidence import curves, tuned
 from bench.evidence.arms import ARMS, Arm, has_muon
-from bench.evidence.data import NotHere
+from bench.evidence.data import NotHere, Part
 from bench.evidence.experiment import JSON, Job, Scale
 from bench.evidence.figures import Figure, Picture
 from bench.evidence.records import Records
@@ -111,7 +111,7 @@ class Comparison:
             for arm in self.arms(plan):
                 if plan.budget:
                     for tried in self.search(plan, schedule, arm, records):
-                        yield self._job(plan, schedule, arm, tried, self.tuning(plan))
+                        yield self._job(plan, schedule, arm, tried, self.tuning(plan), only="validation")
                 point = self.point(plan, schedule, arm, records)
                 if point is None:
                     unknown.append(f"{schedule} {arm.name}")
@@ -183,7 +183,6 @@ class Comparison:
         def score(point: Point) -> float | None:
             setting = self._setting(plan, schedule, arm.name, point, self.tuning(plan))
             result = records.get(self.name, self.revision, setting)
-            # The whole of a result is not wanted here, and there are many.
             return None if result is None else float(np.mean(floats(result, "validation")))
 
         return search(Space(arm, self.task.rule, self.task.lr), score, plan.budget)
@@ -280,12 +279,19 @@ class Comparison:
         return None if result is None else from_json(result)
 
     def _job(
-        self, plan: Plan, schedule: Schedule, arm: Arm, point: Point, seeds: Sequence[int], label: str = ""
+        self,
+        plan: Plan,
+        schedule: Schedule,
+        arm: Arm,
+        point: Point,
+        seeds: Sequence[int],
+        label: str = "",
+        only: Part | None = None,
     ) -> Job:
         steps = plan.steps or self.task.steps
         return Job(
             self._setting(plan, schedule, label or arm.name, point, seeds),
-            lambda: to_json(train(self.task, arm, point, schedule, seeds, steps)),
+            lambda: to_json(train(self.task, arm, point, schedule, seeds, steps, only)),
             self.task.cost * (1 + len(seeds)) * steps / self.task.steps,
         )
 

@@ -132,7 +132,7 @@ class _Run:
 
     def __call__(self) -> dict[str, JSON]:
         seeds = range(FIRST_SEED, FIRST_SEED + self.seeds)
-        return dict(to_json(train(self.task, ARMS[self.arm], self.point, "constant", seeds, self.steps)))
+        return dict(to_json(train(self.task, ARMS[self.arm], self.point, "constant", seeds, self.steps, only="test")))
 
 
 def regret(losses: np.ndarray) -> list[float]:

@@ -80,6 +80,8 @@ class Trained:
         validation: loss on the validation data at the end, [seed].
         start: "loss" and the metrics on the test data before the first step, [seed].
         test: the same at the end; of a seed that diverged the loss is infinite and a metric NaN.
+
+    What was not evaluated is empty.
     """
 
     data: str
@@ -100,13 +102,23 @@ class Trained:
         return [start if diverged else end for end, start, diverged in pairs]
 
 
-def train(task: Task, arm: Arm, point: Point, schedule: Schedule, seeds: Sequence[int], steps: int) -> Trained:
+def train(
+    task: Task,
+    arm: Arm,
+    point: Point,
+    schedule: Schedule,
+    seeds: Sequence[int],
+    steps: int,
+    only: Part | None = None,
+) -> Trained:
     """Trains `arm` on `task` for each of the seeds.
 
     Args:
         point: learning rate and the rest of what is tuned.
         schedule: of the learning rate, after a warm-up over `WARM_UP` of the steps.
         steps: how many; of which `PHASE` more than a multiple of `EVERY` makes the last one evaluated.
+        only: of the held-out data, what alone is evaluated at the end, with no curve along the run and with a start
+            for "test" alone; the training is the same. None: everything is. Evaluation is a fifth of a whole run.
     """
     torch.set_num_threads(1)
     source = task.source()
@@ -122,9 +134,10 @@ def train(task: Task, arm: Arm, point: Point, schedule: Schedule, seeds: Sequenc
         own=point.own,
     )
     peaks = [float(group["lr"]) for group in optimizer.param_groups]
-    along = source.held_out("validation", task.curve, task.curve)
-    ends = {part: source.held_out(part, CHUNK, task.final) for part in get_args(Part)}
-    start = _evaluate(task, leaves.whole(), ends["test"])
+    parts = get_args(Part) if only is None else (only,)
+    along = source.held_out("validation", task.curve, task.curve) if only is None else ()
+    ends = {part: source.held_out(part, CHUNK, task.final) for part in parts}
+    start = _evaluate(task, leaves.whole(), ends["test"]) if "test" in ends else {}
     evaluated, curve = [], []
     for step, batch in zip(range(1, steps + 1), source.batches(seeds, task.batch), strict=False):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -132,19 +145,19 @@ def train(task: Task, arm: Arm, point: Point, schedule: Schedule, seeds: Sequenc
         optimizer.zero_grad()
         task.network.losses(leaves.whole(), batch).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        if step % EVERY == PHASE:
+        if along and step % EVERY == PHASE:
             with slow_weights(optimizer):
                 curve.append(_evaluate(task, leaves.whole(), along)["loss"])
             evaluated.append(step)
     with slow_weights(optimizer):
-        validation, test = (_evaluate(task, leaves.whole(), ends[part]) for part in get_args(Part))
+        found = {part: _evaluate(task, leaves.whole(), ends[part]) for part in parts}
     return Trained(
         source.name,
         evaluated,
-        [[losses[i] for losses in curve] for i in range(len(seeds))],
-        validation["loss"],
+        [[losses[i] for losses in curve] for i in range(len(seeds))] if curve else [],
+        found["validation"]["loss"] if "validation" in found else [],
         start,
-        test,
+        found.get("test", {}),
     )
 
 
@@ -223,7 +236,7 @@ def from_json(plain: Plain) -> Trained:
     return Trained(
         data=str(plain["data"]),
         steps=[int(step) for step in floats(plain, "steps")],
-        curve=[floats(plain, f"curve {i}") for i in range(len(validation))],
+        curve=[floats(plain, f"curve {i}") for i in range(len(validation)) if f"curve {i}" in plain],
         validation=validation,
         start=scores("start "),
         test=scores("test "),

@@ -14,6 +14,7 @@ import torch
 from bench.evidence import protocol, tuned
 from bench.evidence.arms import ARMS, RULES, Arm, build, has_muon
 from bench.evidence.claims import pattern
+from bench.evidence.data import Part
 from bench.evidence.experiment import Scale
 from bench.evidence.protocol import Comparison
 from bench.evidence.records import Records
@@ -132,7 +133,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Point, tuple[int, .
     """Training replaced by a formula; what was trained, in order."""
     trained: list[tuple[str, Point, tuple[int, ...]]] = []
 
-    def train(task: Task, arm: Arm, point: Point, schedule: Schedule, seeds: Sequence[int], steps: int) -> Trained:
+    def train(
+        task: Task, arm: Arm, point: Point, schedule: Schedule, seeds: Sequence[int], steps: int, only: Part | None
+    ) -> Trained:
         trained.append((f"{arm.name} {schedule}", point, tuple(seeds)))
         best = {"base": 0.004, "base-small-lr": 0.004, "lookahead": 0.016, "ema": math.inf}.get(arm.name, 0.008)
         far = math.log2(point.lr * arm.lr_factor / best) ** 2 if best < math.inf else -math.log(point.lr)
@@ -143,6 +146,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Point, tuple[int, .
         curve = [[2 + loss - i / len(evaluated) for i in range(len(evaluated))] for loss in losses]
         test = {"loss": losses, "accuracy": [100 - 10 * loss for loss in losses]}
         start = {"loss": [9.0] * len(seeds), "accuracy": [10.0] * len(seeds)}
+        assert only == (None if seeds[0] >= 1000 else "validation")
         return Trained("made up", evaluated, curve, losses, start, test)
 
     monkeypatch.setattr(protocol, "train", train)
@@ -234,7 +238,9 @@ def test_a_quick_run_confirms_what_a_full_one_found(
 
 
 def test_what_diverged_counts_as_untrained(monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(task: Task, arm: Arm, point: Point, schedule: Schedule, seeds: Sequence[int], steps: int) -> Trained:
+    def train(
+        task: Task, arm: Arm, point: Point, schedule: Schedule, seeds: Sequence[int], steps: int, only: Part | None
+    ) -> Trained:
         lost = arm.name == "base" and seeds[0] >= 1000
         losses = [math.inf if lost and i == 0 else 1.0 + 0.01 * i for i in range(len(seeds))]
         curve = [[loss] * 31 for loss in losses]

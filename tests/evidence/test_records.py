@@ -19,7 +19,7 @@ from bench.evidence.experiment import Experiment, Job, Scale
 from bench.evidence.experiments import EXPERIMENTS
 from bench.evidence.figures import Figure, Picture, exact
 from bench.evidence.records import Records
-from bench.evidence.run import run
+from bench.evidence.run import ENOUGH, run
 
 
 def test_what_was_added_is_there_again(tmp_path: Path):
@@ -119,8 +119,36 @@ def test_one_experiments_failure_leaves_the_others(tmp_path: Path, capsys: pytes
     assert other.ran == [0.1, 0.2, 1.2]
     written = console.file.getvalue()  # type: ignore[attr-defined]
     # No bar where nobody watches.
-    assert [line.partition(" in ")[0] for line in written.splitlines()] == ["tuned: 0 jobs", "other: 3 jobs"]
+    told = [line.partition(" of ")[0].partition(" s,")[0] for line in written.splitlines()]
+    assert told[:2] == ["tuned: 0 jobs", "other: 3 jobs"]
+    assert told[2].startswith("all: ")
     assert "it diverged" in capsys.readouterr().err
+
+
+def test_experiments_share_rounds_and_the_longest_jobs_are_first():
+    """Else a process waits at the end of each step of a search, of which every experiment has dozens."""
+    began: list[tuple[str, float]] = []
+
+    @dataclass
+    class Searched(Tuned):
+        steps: int = 3
+        cost: float = 1.0
+
+        def jobs(self, scale: Scale, records: Records) -> Iterator[Job]:
+            for step in range(self.steps):
+                yield Job({"step": step}, lambda step=step: self.train(step), self.cost)  # type: ignore[misc]
+                if records.get(self.name, self.revision, {"step": step}) is None:
+                    return
+
+        def train(self, lr: float) -> dict[str, float]:  # type: ignore[type-arg, unused-ignore]
+            began.append((self.name, lr))
+            return {}
+
+    some = [Searched(name=f"{i}", cost=i) for i in range(ENOUGH)]
+    run([*some, Searched(name="last", steps=1, cost=99)], Scale.SMOKE, Records(None), quiet())
+    # The first ones fill a round; the last one comes when one of them has ended, and none of them waits for it.
+    longest = [str(i) for i in reversed(range(ENOUGH))]
+    assert began == [*((name, step) for step in range(3) for name in longest), ("last", 0)]
 
 
 def test_jobs_at_once_are_the_same_jobs(capsys: pytest.CaptureFixture[str]):

@@ -116,6 +116,18 @@ def test_scores_are_those_of_the_parts_they_are_named_after() -> None:
     assert trained.curve[0][0] == pytest.approx(along["loss"].item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("arm", ["lookahead", "ema", "schedule-free"])
+def test_a_part_alone_is_what_it_is_among_all(arm: str) -> None:
+    """To the bit: what is evaluated changes nothing of a training, so tuning may leave out what it does not ask for."""
+    whole, validation, test = (
+        train(DIGITS, ARMS[arm], Point(0.1, 0.9), "cosine", [1, 2], 23, only) for only in (None, "validation", "test")
+    )
+    assert validation == replace(whole, steps=[], curve=[], start={}, test={})
+    assert test == replace(whole, steps=[], curve=[], validation=[])
+    for one in (validation, test):
+        assert to_json(from_json(json.loads(json.dumps(to_json(one))))) == to_json(one)
+
+
 def test_divergence_is_infinite_and_survives_the_record() -> None:
     trained = train(DIGITS, ARMS["lookahead"], Point(1e38, 0.9), "constant", [1, 2], 33)
     assert trained.diverged == [True, True]
