@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._checks import check_whole
 from ._offload import hosted, wait_for_hosted
-from ._rows import check_whole
 from ._rules import Rule
 from ._saved import dtype_in_memory, in_checkpoint
 from ._table import Table

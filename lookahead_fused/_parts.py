@@ -28,19 +28,13 @@ from torch.autograd.graph import increment_version
 
 from . import _codes as codes
 from . import _masters as masters
+from ._checks import check_row, read_in_a_sync
+from ._entries import moments_were_loaded
 from ._hyperparameters import Argument, check_step
 from ._norm import ClipOnDevice, Order, sum_of_squares
 from ._offload import hold
 from ._policies import CACHED, NUMBERS, Policy
-from ._rows import (
-    Row,
-    by_operators,
-    check_row,
-    make_row,
-    moments_were_loaded,
-    read_in_a_sync,
-    stretch_of,
-)
+from ._rows import Row, by_operators, make_row, stretch_of
 from ._rules import Rule
 from ._tensors import copy_in_layout, has_layout_of, has_memory, is_dense, is_on_mesh_of, local_gradient, local_tensor
 from ._torch import is_plain, version_counter

@@ -15,21 +15,14 @@ import torch
 from torch import Tensor
 
 from . import _build as build
+from ._checks import check_row, check_state, read_in_a_sync
+from ._entries import average_of, moments_were_loaded
 from ._hyperparameters import check, check_step
 from ._interrupts import uninterrupted
 from ._norm import Clip, Norm, Order
 from ._parts import Part, Pass, PlainPart, Spec, State, Tuning, layers
 from ._policies import DEFAULT_STATE_DTYPE, Policy
-from ._rows import (
-    Row,
-    average_of,
-    check_row,
-    check_state,
-    make_row,
-    moments_were_loaded,
-    parameter_name,
-    read_in_a_sync,
-)
+from ._rows import Row, make_row, parameter_name
 from ._rules import Rule
 from ._state_dtype import check_moments_of, check_state_dtype
 from ._tensors import check_memory, local_tensor

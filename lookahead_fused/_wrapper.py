@@ -13,13 +13,14 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam, RMSprop
 from . import _checkpoint as checkpoint
 from . import _rules as rules
 from ._door import BaseDoor
+from ._entries import start_cached, start_slow
 from ._hyperparameters import check_passed
 from ._interrupts import uninterrupted
 from ._norm import GlobalNorm
 from ._norm_around import NormAround, clipped
 from ._optimizers import Lion
 from ._policies import CACHED, DEFAULT_STATE_DTYPE, Policy
-from ._rows import parameter_name, start_cached, start_slow
+from ._rows import parameter_name
 from ._slow_weights import SlowWeights
 from ._state_dtype import check_state_dtype
 from ._table import Table

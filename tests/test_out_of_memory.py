@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -16,6 +16,7 @@ from processes import in_fork, needs_cpu_backend
 from runs import advance, gradients_of
 
 from lookahead_fused import Lookahead
+from lookahead_fused import _entries as entries
 from lookahead_fused import _rows as rows
 
 LOADED = {
@@ -49,8 +50,9 @@ def memory_for(count: int) -> Iterator[Callable[[], bool]]:
 
         return limited
 
-    names = ("new_state", "copy_in_layout")
-    with mock.patch.multiple(rows, **{name: out(getattr(rows, name)) for name in names}):
+    with ExitStack() as stack:
+        for module, name in ((entries, "new_state"), (entries, "copy_in_layout"), (rows, "copy_in_layout")):
+            stack.enter_context(mock.patch.object(module, name, out(getattr(module, name))))
         yield lambda: made > count
 
 
@@ -59,7 +61,7 @@ def test_a_first_step_makes_its_state_once(backend: BackendCase) -> None:
     optimizer = make_optimizer("adamw", params, backend)
     for p in params:
         set_grad(p, torch.ones_like(p))
-    with mock.patch.object(rows, "new_state", wraps=rows.new_state) as made:
+    with mock.patch.object(entries, "new_state", wraps=entries.new_state) as made:
         optimizer.step()
     assert made.call_count == sum(value.dim() > 0 for own in optimizer.state.values() for value in own.values()) == 6
 
