@@ -27,8 +27,8 @@ from lookahead_fused._parts import CHUNK_ELEMENTS
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-def test_every_backend_gives_the_reference_s_bits(int8_backend: BackendCase, name: str, dtype: torch.dtype) -> None:
-    optimizer, params = made(OPTIMIZERS[name], int8_backend, dtype, "int8")
+def test_every_backend_gives_the_reference_s_bits(backend: BackendCase, name: str, dtype: torch.dtype) -> None:
+    optimizer, params = made(OPTIMIZERS[name], backend, dtype, "int8")
     reference, others = made(OPTIMIZERS[name], REFERENCE, dtype, "int8")
     for t in range(1, 5):
         run(optimizer, params, range(t, t + 1))
@@ -37,7 +37,7 @@ def test_every_backend_gives_the_reference_s_bits(int8_backend: BackendCase, nam
             # A pass of its own.
             optimizer.sync()
             reference.sync()  # type: ignore[attr-defined]
-    if int8_backend.ulps == 0:
+    if backend.ulps == 0:
         assert_same(optimizer, params, reference, others)
     for p in params:
         own = optimizer.state[p]
@@ -52,20 +52,20 @@ def test_every_backend_gives_the_reference_s_bits(int8_backend: BackendCase, nam
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_gradients_may_be_fp32(int8_backend: BackendCase, dtype: torch.dtype) -> None:
+def test_gradients_may_be_fp32(backend: BackendCase, dtype: torch.dtype) -> None:
     make = of_class("adam", master_weights=True, pullback_momentum="pullback")
-    optimizer, params = made(make, int8_backend, dtype, "int8")
+    optimizer, params = made(make, backend, dtype, "int8")
     reference, others = made(make, REFERENCE, dtype, "int8")
     run(optimizer, params, range(1, 5), FP32)
     run(reference, others, range(1, 5), FP32)
-    if int8_backend.ulps == 0:
+    if backend.ulps == 0:
         assert_same(optimizer, params, reference, others)
 
 
-def test_codes_are_the_oracle_s(int8_backend: BackendCase) -> None:
+def test_codes_are_the_oracle_s(backend: BackendCase) -> None:
     """SGD with momentum by hand, in NumPy: what a step reads is what codes stand for, what it leaves is drawn anew."""
-    p = torch.nn.Parameter(torch.zeros(300, device=int8_backend.device))
-    optimizer = of_class("sgd", momentum=0.5, lr=1.0, k=100)([p], int8_backend.name, "int8")
+    p = torch.nn.Parameter(torch.zeros(300, device=backend.device))
+    optimizer = of_class("sgd", momentum=0.5, lr=1.0, k=100)([p], backend.name, "int8")
     buffer = np.zeros(300, dtype=np.float32)
     for t in range(1, 6):
         gradient = torch.randn(300, generator=seeded(t)) * 10.0 ** torch.randint(-6, 7, (300,), generator=seeded(t))
@@ -75,7 +75,7 @@ def test_codes_are_the_oracle_s(int8_backend: BackendCase) -> None:
         buffer = g if t == 1 else np.float32(0.5) * buffer + g
         codes, tops = coded.encode(buffer, coded.SIGNED, coded.draws(300, t, False, 0))
         own = optimizer.state[p]
-        if int8_backend.ulps == 0:
+        if backend.ulps == 0:
             assert own["momentum_buffer"].cpu().numpy().tobytes() == codes.tobytes()
             assert own["momentum_buffer_scale"].cpu().numpy().tobytes() == coded.scales(tops).tobytes()
         buffer = wide(own, "momentum_buffer").numpy()
@@ -138,10 +138,10 @@ def test_chunks_that_cut_blocks_are_refused(chunk_elements: int) -> None:
         run(optimizer, params, range(1, 2))
 
 
-def test_moments_are_encoded_in_a_step_and_used_before_that(int8_backend: BackendCase) -> None:
+def test_moments_are_encoded_in_a_step_and_used_before_that(backend: BackendCase) -> None:
     """A first step's update is that of fp32 moments; what is kept is within a code of each."""
-    optimizer, params = made(of_class("adamw"), int8_backend, state_dtype="int8")
-    exact, others = made(of_class("adamw"), int8_backend, state_dtype="float32")
+    optimizer, params = made(of_class("adamw"), backend, state_dtype="int8")
+    exact, others = made(of_class("adamw"), backend, state_dtype="float32")
     run(optimizer, params, range(1, 2))
     run(exact, others, range(1, 2))
     for p, q in zip(params, others, strict=True):
@@ -172,21 +172,21 @@ def test_a_second_moment_does_not_stall(name: str) -> None:
     assert math.isclose((end[rest].mean() / start[rest].mean()).item(), 0.999**steps, rel_tol=0.03)
 
 
-def test_nothing_changes_where_a_step_is_skipped(int8_backend: BackendCase) -> None:
+def test_nothing_changes_where_a_step_is_skipped(backend: BackendCase) -> None:
     make = of_class("adam", amsgrad=True, pullback_momentum="pullback")
-    optimizer, params = made(make, int8_backend, state_dtype="int8")
+    optimizer, params = made(make, backend, state_dtype="int8")
     run(optimizer, params, range(1, 3))
     before = copy.deepcopy(optimizer.state)
     kept = dict(zip(params, before.values(), strict=True))
-    optimizer.found_inf = torch.ones((), device=int8_backend.device)  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.ones((), device=backend.device)  # type: ignore[attr-defined]
     run(optimizer, params, range(3, 4))
     assert all(same_tensor_bits(kept[p][n], value) for p in params for n, value in optimizer.state[p].items())
 
 
-def test_a_step_moves_no_state(int8_backend: BackendCase) -> None:
+def test_a_step_moves_no_state(backend: BackendCase) -> None:
     """What a first step made is written in place by all others: a byte each, and 4 for a block."""
     make = of_class("adam", amsgrad=True, pullback_momentum="pullback")
-    optimizer, params = made(make, int8_backend, state_dtype="int8")
+    optimizer, params = made(make, backend, state_dtype="int8")
     run(optimizer, params, range(1, 2))
     kept = {(p, name): value for p in params for name, value in optimizer.state[p].items()}
     run(optimizer, params, range(2, 8))
@@ -196,15 +196,15 @@ def test_a_step_moves_no_state(int8_backend: BackendCase) -> None:
     assert of_moments == 4 * (260 + 3 * 4)
 
 
-def test_what_is_infinite_or_no_number_harms_itself_alone(int8_backend: BackendCase) -> None:
+def test_what_is_infinite_or_no_number_harms_itself_alone(backend: BackendCase) -> None:
     """Neither the scale of its block nor a neighbour: it becomes NaN, as it would in a few steps of fp32."""
-    params = make_params(((256,), (256,)), device=int8_backend.device)
-    optimizer = of_class("adamw")(params, int8_backend.name, "int8")
+    params = make_params(((256,), (256,)), device=backend.device)
+    optimizer = of_class("adamw")(params, backend.name, "int8")
     for t in range(1, 4):
         for p, g in zip(params, make_grads([params[0]] * 2, generator=seeded(t)), strict=True):
             p.grad = g
         params[1].grad = params[0].grad.clone()
-        params[1].grad[[3, 7]] = torch.tensor([math.inf, math.nan], device=int8_backend.device)
+        params[1].grad[[3, 7]] = torch.tensor([math.inf, math.nan], device=backend.device)
         optimizer.step()
     apart = [i for i in range(256) if i not in (3, 7)]
     clean, other = (optimizer.state[p] for p in params)
@@ -216,10 +216,10 @@ def test_what_is_infinite_or_no_number_harms_itself_alone(int8_backend: BackendC
     assert torch.isfinite(params[1][apart]).all()
 
 
-def test_groups_choose_for_themselves(int8_backend: BackendCase) -> None:
-    params = make_params(((40,), (400,), (40,)), device=int8_backend.device)
+def test_groups_choose_for_themselves(backend: BackendCase) -> None:
+    params = make_params(((40,), (400,), (40,)), device=backend.device)
     groups = [{"params": params[:1], "state_dtype": "int8"}, {"params": params[1:2]}]
-    optimizer = lookahead_fused.LookaheadAdamW(groups, lr=0.05, backend=int8_backend.name)
+    optimizer = lookahead_fused.LookaheadAdamW(groups, lr=0.05, backend=backend.name)
     optimizer.add_param_group({"params": params[2:], "state_dtype": "bfloat16"})
     run(optimizer, params, range(1, 3))
     assert [optimizer.state[p]["exp_avg"].dtype for p in params] == [torch.uint8, FP32, BF16]
@@ -240,24 +240,24 @@ def test_groups_choose_for_themselves(int8_backend: BackendCase) -> None:
     ]
 
 
-def test_a_parameter_with_gaps_is_stepped_through_a_copy(int8_backend: BackendCase) -> None:
-    numbers = torch.randn(20, 40, generator=seeded(0)).to(int8_backend.device)
+def test_a_parameter_with_gaps_is_stepped_through_a_copy(backend: BackendCase) -> None:
+    numbers = torch.randn(20, 40, generator=seeded(0)).to(backend.device)
     params = [torch.nn.Parameter(numbers.clone()[:, ::2]), torch.nn.Parameter(numbers[:, ::2].contiguous())]
     assert not params[0].is_contiguous()
-    optimizer = of_class("adamw", k=2)(params, int8_backend.name, "int8")
+    optimizer = of_class("adamw", k=2)(params, backend.name, "int8")
     for t in range(1, 6):
         for p in params:
-            p.grad = torch.randn(20, 20, generator=seeded(t)).to(int8_backend.device)
+            p.grad = torch.randn(20, 20, generator=seeded(t)).to(backend.device)
         optimizer.step()
     assert torch.equal(*params)
     gaps, dense = (optimizer.state[p] for p in params)
     assert all(same_tensor_bits(gaps[name], dense[name]) for name in dense)
 
 
-def test_a_parameter_that_is_laid_out_anew_takes_its_moments_along(int8_backend: BackendCase) -> None:
+def test_a_parameter_that_is_laid_out_anew_takes_its_moments_along(backend: BackendCase) -> None:
     """Encoded to the nearest in its new order, in blocks of other elements."""
-    p = torch.nn.Parameter(torch.randn(2, 8, 5, 6, generator=seeded(0)).to(int8_backend.device))
-    optimizer = of_class("adamw", lr=0.0)([p], int8_backend.name, "int8")
+    p = torch.nn.Parameter(torch.randn(2, 8, 5, 6, generator=seeded(0)).to(backend.device))
+    optimizer = of_class("adamw", lr=0.0)([p], backend.name, "int8")
     run(optimizer, [p], range(1, 3))
     before = wide(optimizer.state[p], "exp_avg_sq")
     p.data = p.data.contiguous(memory_format=torch.channels_last)
@@ -269,10 +269,10 @@ def test_a_parameter_that_is_laid_out_anew_takes_its_moments_along(int8_backend:
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion alone", "gpa"])
-def test_clipped_and_skipped_steps_are_the_reference_s(int8_backend: BackendCase, name: str) -> None:
+def test_clipped_and_skipped_steps_are_the_reference_s(backend: BackendCase, name: str) -> None:
     found = []
-    for backend in (int8_backend, REFERENCE):
-        optimizer, params = made(OPTIMIZERS[name], backend, state_dtype="int8")
+    for case in (backend, REFERENCE):
+        optimizer, params = made(OPTIMIZERS[name], case, state_dtype="int8")
         optimizer._norm = GlobalNorm(0.5, True)  # type: ignore[attr-defined]
         run(optimizer, params, range(1, 4))
         kept = copy.deepcopy(dict(optimizer.state[params[3]]))
@@ -282,20 +282,20 @@ def test_clipped_and_skipped_steps_are_the_reference_s(int8_backend: BackendCase
         run(optimizer, params, range(4, 6))
         assert optimizer.skipped_steps.item() == 1  # type: ignore[attr-defined]
         found.append((optimizer, params))
-    if int8_backend.ulps == 0:
+    if backend.ulps == 0:
         assert_same(*found[0], *found[1])
 
 
-def test_parameters_that_share_memory_are_stepped_in_turn(int8_backend: BackendCase) -> None:
-    whole = torch.randn(400, generator=seeded(0)).to(int8_backend.device)
+def test_parameters_that_share_memory_are_stepped_in_turn(backend: BackendCase) -> None:
+    whole = torch.randn(400, generator=seeded(0)).to(backend.device)
     found = []
-    for name in (int8_backend.name, "reference"):
+    for name in (backend.name, "reference"):
         memory = whole.clone()
         params = [torch.nn.Parameter(memory[:300]), torch.nn.Parameter(memory[200:])]
         optimizer = of_class("adamw")(params, name, "int8")
         run(optimizer, params, range(1, 5))
         found.append((optimizer, params))
-    if int8_backend.ulps == 0:
+    if backend.ulps == 0:
         assert_same(*found[0], *found[1])
 
 
