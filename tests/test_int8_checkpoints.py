@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,7 +54,7 @@ def saved_states(optimizer: Any) -> list[tuple[str, dict[str, Any]]]:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_state_dict_says_what_codes_stand_for(backend: BackendCase, name: str) -> None:
     optimizer, params = made(OPTIMIZERS[name], backend, state_dtype=INT8)
-    run(optimizer, params, range(1, 5))
+    run(optimizer, params, range(1, 3))
     before = copy.deepcopy(optimizer.state)
     for told, state in saved_states(optimizer):
         for i, p in enumerate(params):
@@ -89,28 +88,21 @@ def test_hooks_see_no_codes() -> None:
     assert all(v.dtype != torch.uint8 and not n.endswith("_scale") for n, v in values)
 
 
-@pytest.mark.parametrize("way", ["state dict", "deepcopy", "pickle"])
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "sgd without state"])
-def test_a_run_resumes_exactly(backend: BackendCase, name: str, way: str) -> None:
+def test_a_run_resumes_exactly(backend: BackendCase, name: str) -> None:
     optimizer, params = made(OPTIMIZERS[name], backend, state_dtype=INT8)
     run(optimizer, params, range(1, 6))
-    if way == "state dict":
-        again, others = made(OPTIMIZERS[name], backend, state_dtype=INT8)
-        for p, q in zip(params, others, strict=True):
-            q.data.copy_(p.data)
-        again.load_state_dict(through_a_file(optimizer.state_dict()))
-        assert_same_numbers(again, others, optimizer, params)
-    else:
-        copied = copy.deepcopy(optimizer) if way == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
-        again, others = copied, [q for group in copied.param_groups for q in group["params"]]
-        assert_same(again, others, optimizer, params)
+    again, others = made(OPTIMIZERS[name], backend, state_dtype=INT8)
+    for p, q in zip(params, others, strict=True):
+        q.data.copy_(p.data)
+    again.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert_same_numbers(again, others, optimizer, params)
     run(optimizer, params, range(6, 7))
     run(again, others, range(6, 7))
     # Whatever codes were before it: a step goes by the numbers.
     assert_same_numbers(again, others, optimizer, params)
-    for t in range(7, 11):
-        run(optimizer, params, range(t, t + 1))
-        run(again, others, range(t, t + 1))
+    run(optimizer, params, range(7, 11))
+    run(again, others, range(7, 11))
     assert_same(again, others, optimizer, params)
 
 
