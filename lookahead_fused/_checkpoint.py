@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ._checks import check_whole
 from ._offload import hosted, wait_for_hosted
 from ._rules import Rule
-from ._saved import dtype_in_memory, in_checkpoint
+from ._saved import check_range, dtype_in_memory, in_checkpoint
 from ._table import Table
 from ._tensors import count_device, local_tensor
 from ._torch import is_dtensor, is_plain, shard
@@ -101,6 +101,7 @@ class Loading:
             if isinstance(entries, Mapping):
                 check_whole(entries, self.rule, f"parameter {index!r}")
                 _check_shards(entries, param, f"parameter {index!r}")
+                check_range(entries, f"parameter {index!r}")
         _check_train_params(state_dict, groups, self.policy.slow)
         self.loaded = dict(state_dict)
         for given, group in zip(state_dict["param_groups"], groups, strict=False):

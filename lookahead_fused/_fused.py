@@ -172,7 +172,8 @@ class Fused(Hooked):
 
         Raises:
             RuntimeError: Inside `slow_weights()`.
-            ValueError: The checkpoint's groups are not this optimizer's, or its shards of DTensors are of other ranks.
+            ValueError: The checkpoint's groups are not this optimizer's, its shards of DTensors are of other ranks, or
+                a `master_low` has more than 16 bits.
         """
         with self._lock:
             self._refuse_inside_slow_weights("load_state_dict()", unless_evaluating=True)

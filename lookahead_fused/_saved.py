@@ -5,6 +5,7 @@ The names of the entries stay: torch.distributed.checkpoint looks for those that
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,6 +34,23 @@ def in_checkpoint(param: Tensor, entries: dict[str, Any], name: str, rule: Rule 
         check_memory(local_tensor(low), f"state {masters.LOW!r} of {name}")
         return {**entries, masters.LOW: low.to(torch.int32)}
     return entries
+
+
+def check_range(entries: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError for numbers of a checkpoint that the dtype in which they lie in memory does not have."""
+    low = entries.get(masters.LOW)
+    if not isinstance(low, Tensor) or dtype_in_memory(masters.LOW, low.dtype) == low.dtype:
+        return
+    local, told, has = local_tensor(low), f"state {masters.LOW!r} of {name}", torch.iinfo(torch.int16)
+    check_memory(local, told)
+    if local.numel() == 0:
+        return
+    least, most = (int(bound) for bound in local.aminmax())
+    if least < has.min or most > has.max:
+        raise ValueError(
+            f"{told} must be the lower 16 bits of a number, from {has.min} to {has.max}, got numbers from {least} to "
+            f"{most}"
+        )
 
 
 def dtype_in_memory(name: str, dtype: torch.dtype) -> torch.dtype:

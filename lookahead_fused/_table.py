@@ -21,7 +21,7 @@ from ._hyperparameters import check, check_step
 from ._interrupts import uninterrupted
 from ._norm import Clip, Norm, Order
 from ._parts import Part, Pass, PlainPart, Spec, State, Tuning, layers
-from ._policies import DEFAULT_STATE_DTYPE, Policy
+from ._policies import Policy
 from ._rows import Row, make_row, parameter_name
 from ._rules import Rule
 from ._state_dtype import check_moments_of, check_state_dtype
@@ -359,12 +359,6 @@ class Table:
         self.check_master(group, self.policy.master_weights)
         key = self.policy.backend
         found: ModuleType = backend_for(group[key], local_tensor(param).device, key)
-        asked = group.get(self.policy.state_dtype, DEFAULT_STATE_DTYPE)
-        if asked not in found.STATE_DTYPES:
-            raise RuntimeError(
-                f"{self.policy.state_dtype}={asked!r} must not be asked of backend {found.NAME!r} for {name}, which "
-                f"serves {', '.join(map(repr, found.STATE_DTYPES))}"
-            )
         return found
 
     def _rehearse(self, member: Member, state: State) -> None:

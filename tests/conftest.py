@@ -154,14 +154,6 @@ def backend(request: pytest.FixtureRequest) -> BackendCase:
 
 
 @pytest.fixture
-def int8_backend(backend: BackendCase) -> BackendCase:
-    """The same, where it serves moments in codes."""
-    if "int8" not in BACKENDS[backend.name].STATE_DTYPES:
-        pytest.skip(f"backend {backend.name} serves no moments in codes")
-    return backend
-
-
-@pytest.fixture
 def reason_against(any_backend: BackendCase) -> str:
     """Why the tests of every backend leave this one out here, or ""."""
     return refusal(any_backend)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-from helpers import BackendCase, make_grads, set_grad
+from helpers import BackendCase, can_set_grad_dtype, make_grads, set_grad
 
 from bench import cuda_on_host
 
@@ -28,6 +29,23 @@ FURTHER: dict[str, dict[str, Any]] = {
     "radam": {"lr": 0.1, "betas": (0.9, 0.8), "weight_decay": 0.1, "k": 3},
     "lion": {"lr": 0.1, "weight_decay": 0.1, "pullback_momentum": "reset", "k": 3},
 }
+# What goes with narrow moments: one that is taken off another does not.
+NARROW = {rule: {n: v for n, v in hyper.items() if n != "centered"} for rule, hyper in (RULES | FURTHER).items()}
+narrow_dtypes = pytest.mark.parametrize(
+    ("dtype", "grad_dtype", "master"),
+    [
+        (torch.float32, torch.float32, False),
+        (torch.bfloat16, torch.bfloat16, False),
+        (torch.bfloat16, torch.float32, True),
+        (torch.float16, torch.float16, True),
+        (torch.float16, torch.float32, False),
+    ],
+)
+
+
+def skip_unless_kept(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    if grad_dtype != dtype and not can_set_grad_dtype():
+        pytest.skip("this torch keeps no gradient in another dtype than the parameter's")
 
 
 def set_grads(params: list[torch.nn.Parameter], generator: torch.Generator, dtype: torch.dtype | None = None) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import coded
+import pytest
 import torch
 from helpers import LOOKAHEAD_CLASSES, BackendCase, make_grads, make_params, same_tensor_bits, seeded, set_grad
 from torch import Tensor
@@ -14,6 +15,7 @@ from lookahead_fused import EMA, GPA, Lion, Lookahead, ScheduleFree
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 REFERENCE = BackendCase("reference", "cpu", 0.0)
+narrow_ones = pytest.mark.parametrize("narrow", ["bfloat16", "int8"])
 SHAPES = ((7,), (3, 5), (), (260,), (0,), (2, 3, 4, 5))
 # Of parameters, a backend's name and where it is not bf16 the moments' dtype.
 Make = Callable[..., torch.optim.Optimizer]
@@ -59,8 +61,11 @@ SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 
 
 def wide(own: Mapping[str, Any], moment: str) -> Tensor:
-    """What a moment in codes stands for, by the oracle."""
-    codes, scale = own[moment], own[f"{moment}_scale"].cpu().numpy()
+    """What a narrow moment stands for, in fp32; of codes by the oracle."""
+    codes = own[moment]
+    if codes.dtype == BF16:
+        return codes.float().cpu()
+    scale = own[f"{moment}_scale"].cpu().numpy()
     flat = codes.as_strided((codes.numel(),), (1,)).cpu().numpy()
     kind = coded.SQUARES if moment in SQUARES else coded.SIGNED
     found = torch.empty_like(codes, dtype=FP32, device="cpu")

@@ -4,7 +4,7 @@ name, and nothing has changed then."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +21,8 @@ from helpers import (
 )
 from runs import advance, gradients_of
 
-from lookahead_fused import Lookahead
+from lookahead_fused import Lookahead, LookaheadAdamW
+from lookahead_fused._tensors import local_tensor
 
 
 def step(optimizer: Any) -> None:
@@ -184,6 +185,66 @@ def test_a_state_that_was_cut_is_refused(backend: BackendCase, rule: str, by: st
     del bad["state"][1]["slow_param"]
     optimizer.load_state_dict(bad)
     advance(optimizer, params, [3])
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """Of this process alone, without threads or sockets."""
+    if not torch.distributed.is_available():
+        pytest.skip("this torch was built without torch.distributed")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_low_half_of_more_than_16_bits_is_refused(mesh: Any, is_sharded: bool, is_wrapped: bool) -> None:
+    """It comes in int32 of shards, and would lie in int16 as another number. Both ends are numbers of 16 bits."""
+    from torch.distributed.tensor import DTensor
+
+    def placed(tensor: torch.Tensor) -> torch.Tensor:
+        return DTensor.from_local(tensor, mesh, run_check=False) if is_sharded else tensor
+
+    params = [torch.nn.Parameter(placed(p.detach())) for p in make_params([(5,), (4, 3), (0,)], torch.bfloat16)]
+    optimizer: Any = LookaheadAdamW(params, master_weights=True)
+    if is_wrapped:
+        optimizer = Lookahead(torch.optim.AdamW(params), master_weights=True)
+    for p in params:
+        p.grad = placed(torch.ones(p.shape, dtype=torch.bfloat16))
+    optimizer.step()
+
+    def now() -> Any:
+        # Copied by hand: some torch cannot copy a DTensor's state deeply.
+        tensors = [*params, *(value for p in params for value in optimizer.state[p].values())]
+        return [local_tensor(tensor.detach()).clone() for tensor in tensors]
+
+    def told(second: torch.Tensor) -> dict[str, Any]:
+        saved = optimizer.state_dict()
+        state = {i: {**own, "master_low": own["master_low"].to(torch.int32)} for i, own in saved["state"].items()}
+        state[1]["master_low"] = placed(second)
+        return {**saved, "state": state}
+
+    before = now()
+    for wrong in (2**15, -(2**15) - 1, 2**16, 2**31 - 1):
+        low = torch.zeros(4, 3, dtype=torch.int32)
+        low[2, 1] = wrong
+        found = f"from {min(wrong, 0)} to {max(wrong, 0)}"
+        for door in (optimizer, getattr(optimizer, "base_optimizer", optimizer)):
+            with pytest.raises(
+                ValueError,
+                match=f"^state 'master_low' of parameter 1 must be .* from -32768 to 32767, got numbers {found}$",
+            ):
+                door.load_state_dict(told(low))
+            assert_unchanged(before, now())
+    ends = torch.tensor([-(2**15), 2**15 - 1, 0], dtype=torch.int32).expand(4, 3).contiguous()
+    optimizer.load_state_dict(told(ends))
+    loaded = local_tensor(optimizer.state[params[1]]["master_low"])
+    assert loaded.dtype == torch.int16
+    assert torch.equal(loaded.to(torch.int32), ends)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -1,60 +1,59 @@
-"""The CUDA kernels over moments in bf16, on the host: what they move, and in which order they may run."""
+"""The CUDA kernels over narrow moments, on the host: what they move, and in which order they may run.
+
+The bits of moments in codes are asked for in `test_cuda_codes.py`.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+import itertools
+import math
 
 import pytest
 import torch
-from cuda_host import HOST, RULES, set_grads
-from helpers import (
-    can_set_grad_dtype,
-    make_grads,
-    make_optimizer,
-    make_params,
-    same_tensor_bits,
-    seeded,
-    set_grad,
-    tune,
-)
-from test_cuda_traffic import aligned, watch
+from cuda_host import HOST, NARROW, narrow_dtypes, set_grads, skip_unless_kept
+from helpers import make_grads, make_optimizer, make_params, same_tensor_bits, seeded, set_grad, tune
+from narrow import narrow_ones
+from test_cuda_traffic import aligned, parameter_traffic, watch
+
+from lookahead_fused._codes import BLOCK
 
 pytestmark = pytest.mark.usefixtures("runtime")
 
-NARROW: dict[str, Any] = {"state_dtype": "bfloat16"}
-OTHERS: dict[str, dict[str, Any]] = {
-    "rmsprop": {"lr": 0.1, "momentum": 0.9, "pullback_momentum": "pullback", "k": 3},
-    "radam": {"lr": 0.1, "betas": (0.9, 0.8), "k": 3},
-    "lion": {"lr": 0.1, "pullback_momentum": "reset", "k": 3},
-}
-AT_SYNC = ("slow_param", "cached_momentum", "outer_momentum_buffer")
-dtypes = pytest.mark.parametrize(
-    ("dtype", "grad_dtype", "master"),
-    [
-        (torch.float32, torch.float32, False),
-        (torch.bfloat16, torch.bfloat16, False),
-        (torch.bfloat16, torch.float32, True),
-        (torch.float16, torch.float16, True),
-        (torch.float16, torch.float32, False),
-    ],
+AT_SYNC = ("slow_param", "cached_momentum", "cached_momentum_scale", "outer_momentum_buffer")
+# Of each fp32 parameter of AdamW, in a step and in a sync.
+BYTES = {"bfloat16": (20, 28), "int8": (16, 24)}
+
+
+def state_of(optimizer: torch.optim.Optimizer, p: torch.Tensor) -> dict[str, torch.Tensor]:
+    """But for what is a number of the row's."""
+    return {name: value for name, value in optimizer.state.get(p, {}).items() if value.dim() > 0}
+
+
+# A walk is the same for every rule.
+@narrow_ones
+@pytest.mark.parametrize(
+    ("rule", "numel", "offset"),
+    [*((rule, 4099, 0) for rule in NARROW), ("adam", 1, 0), ("adam", 255, 1), ("adam", 3 * 4096, 0)],
 )
-
-
-@pytest.mark.parametrize("rule", [*RULES, *OTHERS])
-@pytest.mark.parametrize(("numel", "offset"), [(1, 0), (255, 1), (4099, 0)])
-@dtypes
+@narrow_dtypes
 def test_each_array_is_read_and_written_once(
-    runtime: ctypes.CDLL, rule: str, dtype: torch.dtype, grad_dtype: torch.dtype, master: bool, numel: int, offset: int
+    runtime: ctypes.CDLL,
+    narrow: str,
+    rule: str,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    master: bool,
+    numel: int,
+    offset: int,
 ) -> None:
-    """20 bytes for each fp32 parameter of AdamW, 28 in a sync."""
-    if grad_dtype != dtype and not can_set_grad_dtype():
-        pytest.skip("this torch keeps no gradient in another dtype than the parameter's")
+    """Scales are an eighth of a byte more, of two moments."""
+    skip_unless_kept(dtype, grad_dtype)
     p = torch.nn.Parameter(torch.randn(numel + offset).to(dtype)[offset:])
-    optimizer = make_optimizer(rule, [p], HOST, **(RULES | OTHERS)[rule], **NARROW, master_weights=master)
+    optimizer = make_optimizer(rule, [p], HOST, **NARROW[rule], state_dtype=narrow, master_weights=master)
     for t in range(1, 4):
         set_grads([p], seeded(t), grad_dtype)
-        state = {name: x for name, x in optimizer.state.get(p, {}).items() if name != "step"}
+        state = state_of(optimizer, p)
         runtime.control_reset()
         watch(runtime, p, p.grad, *state.values())
         optimizer.step()
@@ -65,56 +64,64 @@ def test_each_array_is_read_and_written_once(
             for i, x in enumerate([p, p.grad, *state.values()])
         ]
         due = t % 3 == 0
-        reads_param = "master_param" not in state
-        assert traffic[:2] == [(1, 1) if reads_param else (0, 1), (1, 0)]
+        assert traffic[:2] == [parameter_traffic(dtype, master), (1, 0)]
         for name, got in zip(state, traffic[2:], strict=True):
             assert got == ((1, 1) if name not in AT_SYNC or due else (0, 0)), name
         assert runtime.control_elsewhere() == 0
         if rule == "adamw" and dtype == torch.float32:
             total = sum(runtime.control_read(i) + runtime.control_written(i) for i in range(len(traffic)))
-            assert total == numel * (28 if due else 20)
+            of_scales = 16 * math.ceil(numel / BLOCK) if narrow == "int8" else 0
+            assert total == numel * BYTES[narrow][due] + of_scales
 
 
-@dtypes
-@pytest.mark.parametrize("rule", [*RULES, *OTHERS])
+@narrow_ones
+@narrow_dtypes
+@pytest.mark.parametrize("rule", NARROW)
 def test_a_warp_asks_for_whole_sectors(
-    runtime: ctypes.CDLL, rule: str, dtype: torch.dtype, grad_dtype: torch.dtype, master: bool
+    runtime: ctypes.CDLL, narrow: str, rule: str, dtype: torch.dtype, grad_dtype: torch.dtype, master: bool
 ) -> None:
-    if grad_dtype != dtype and not can_set_grad_dtype():
-        pytest.skip("this torch keeps no gradient in another dtype than the parameter's")
-    p = torch.nn.Parameter(aligned(torch.randn(3 * 2048 + 256).to(dtype), 64))
-    optimizer = make_optimizer(rule, [p], HOST, **(RULES | OTHERS)[rule], **NARROW, master_weights=master)
-    for t in range(1, 7):
-        for tensor in (x for x in optimizer.state.get(p, {}).values() if x.dim() > 0):
+    """But for scales, of which each is in a sector with those of the seven blocks beside it."""
+    skip_unless_kept(dtype, grad_dtype)
+    p = torch.nn.Parameter(aligned(torch.randn(2048 + 256).to(dtype), 64))
+    optimizer = make_optimizer(rule, [p], HOST, **NARROW[rule], state_dtype=narrow, master_weights=master)
+    for t in range(1, 4):
+        for tensor in state_of(optimizer, p).values():
             tensor.data = aligned(tensor.data, 64)
         (gradient,) = make_grads([p], generator=seeded(t), dtype=grad_dtype)
         set_grad(p, aligned(gradient, 64))
+        state = state_of(optimizer, p)
+        arrays = [p, p.grad, *(value for name, value in state.items() if not name.endswith("_scale"))]
+        scales = [value for name, value in state.items() if name.endswith("_scale")]
         runtime.control_reset()
-        arrays = [p, p.grad, *(x for x in optimizer.state.get(p, {}).values() if x.dim() > 0)]
-        watch(runtime, *arrays)
+        watch(runtime, *arrays, *scales)
         optimizer.step()
-        moved = sum(runtime.control_read(i) + runtime.control_written(i) for i in range(len(arrays)))
-        if t > 1:
-            assert moved > 0
-            assert runtime.control_elsewhere() == 0
-            assert runtime.control_sectors() * 32 == moved
+        if t == 1:
+            continue
+        moved = [runtime.control_read(i) + runtime.control_written(i) for i in range(len(arrays) + len(scales))]
+        elements, of_scales = sum(moved[: len(arrays)]), sum(moved[len(arrays) :])
+        assert elements > 0
+        assert elements % 32 == 0
+        assert runtime.control_elsewhere() == 0
+        assert runtime.control_sectors() == elements // 32 + of_scales // 4
 
 
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("rule", [*RULES, *OTHERS])
+@narrow_ones
+@pytest.mark.parametrize(("rule", "order"), list(zip(NARROW, itertools.cycle([1, 2, 3]), strict=False)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_order_of_blocks_and_threads_does_not_matter(
-    runtime: ctypes.CDLL, rule: str, dtype: torch.dtype, order: int
+    runtime: ctypes.CDLL, narrow: str, rule: str, dtype: torch.dtype, order: int
 ) -> None:
-    """Nor the size of chunks: an element draws by its place in the row."""
+    """Nor the size of chunks, of codes as long as they begin where blocks do: an element draws by its place in the
+    row."""
     found = []
-    for chunk_elements in (64, 4096):
+    for chunk_elements in (BLOCK, 3 * BLOCK, 4096) if narrow == "int8" else (64, 4096):
         params = make_params([(300,), (7, 9), (), (0,), (1025,)], dtype)
-        optimizer = make_optimizer(rule, params, HOST, **(RULES | OTHERS)[rule], **NARROW)
+        optimizer = make_optimizer(rule, params, HOST, **NARROW[rule], state_dtype=narrow)
         tune(optimizer, chunk_elements=chunk_elements)
         for t in range(4):
             runtime.control_order(0 if chunk_elements == 4096 else order + 10 * t)
             set_grads(params, seeded(t))
             optimizer.step()
         found.append([value for p in params for value in (p, *optimizer.state[p].values())])
-    assert all(same_tensor_bits(a, b) for a, b in zip(*found, strict=True))
+    for others in found[1:]:
+        assert all(same_tensor_bits(a, b) for a, b in zip(found[0], others, strict=True))

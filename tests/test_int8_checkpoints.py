@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,9 +52,9 @@ def saved_states(optimizer: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_state_dict_says_what_codes_stand_for(int8_backend: BackendCase, name: str) -> None:
-    optimizer, params = made(OPTIMIZERS[name], int8_backend, state_dtype=INT8)
-    run(optimizer, params, range(1, 5))
+def test_a_state_dict_says_what_codes_stand_for(backend: BackendCase, name: str) -> None:
+    optimizer, params = made(OPTIMIZERS[name], backend, state_dtype=INT8)
+    run(optimizer, params, range(1, 3))
     before = copy.deepcopy(optimizer.state)
     for told, state in saved_states(optimizer):
         for i, p in enumerate(params):
@@ -89,28 +88,21 @@ def test_hooks_see_no_codes() -> None:
     assert all(v.dtype != torch.uint8 and not n.endswith("_scale") for n, v in values)
 
 
-@pytest.mark.parametrize("way", ["state dict", "deepcopy", "pickle"])
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "sgd without state"])
-def test_a_run_resumes_exactly(int8_backend: BackendCase, name: str, way: str) -> None:
-    optimizer, params = made(OPTIMIZERS[name], int8_backend, state_dtype=INT8)
+def test_a_run_resumes_exactly(backend: BackendCase, name: str) -> None:
+    optimizer, params = made(OPTIMIZERS[name], backend, state_dtype=INT8)
     run(optimizer, params, range(1, 6))
-    if way == "state dict":
-        again, others = made(OPTIMIZERS[name], int8_backend, state_dtype=INT8)
-        for p, q in zip(params, others, strict=True):
-            q.data.copy_(p.data)
-        again.load_state_dict(through_a_file(optimizer.state_dict()))
-        assert_same_numbers(again, others, optimizer, params)
-    else:
-        copied = copy.deepcopy(optimizer) if way == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
-        again, others = copied, [q for group in copied.param_groups for q in group["params"]]
-        assert_same(again, others, optimizer, params)
+    again, others = made(OPTIMIZERS[name], backend, state_dtype=INT8)
+    for p, q in zip(params, others, strict=True):
+        q.data.copy_(p.data)
+    again.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert_same_numbers(again, others, optimizer, params)
     run(optimizer, params, range(6, 7))
     run(again, others, range(6, 7))
     # Whatever codes were before it: a step goes by the numbers.
     assert_same_numbers(again, others, optimizer, params)
-    for t in range(7, 11):
-        run(optimizer, params, range(t, t + 1))
-        run(again, others, range(t, t + 1))
+    run(optimizer, params, range(7, 11))
+    run(again, others, range(7, 11))
     assert_same(again, others, optimizer, params)
 
 
@@ -120,12 +112,12 @@ def zero_gradients(params: Sequence[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("held", ["float32", "bfloat16"])
-def test_loading_encodes_to_the_nearest(int8_backend: BackendCase, held: str) -> None:
+def test_loading_encodes_to_the_nearest(backend: BackendCase, held: str) -> None:
     """And back exactly; the choice is not the checkpoint's. A parameter that is not stepped keeps what was loaded."""
 
     def make(state_dtype: Any) -> tuple[Any, list[Any]]:
-        params = make_params(SHAPES, device=int8_backend.device)
-        own: dict[str, Any] = {"lr": 0.0, "k": 2, "pullback_momentum": "pullback", "backend": int8_backend.name}
+        params = make_params(SHAPES, device=backend.device)
+        own: dict[str, Any] = {"lr": 0.0, "k": 2, "pullback_momentum": "pullback", "backend": backend.name}
         return lookahead_fused.LookaheadAdamW(params, **own, state_dtype=state_dtype), params
 
     def through(saved: dict[str, Any], state_dtype: str) -> tuple[Any, list[Any]]:
@@ -194,12 +186,12 @@ def test_a_base_that_is_stepped_alone_finds_its_own_dtypes(base_class: Any) -> N
     assert all(base.state[p]["exp_avg"].dtype == torch.uint8 for p in params)
 
 
-def test_state_that_was_copied_by_hand_goes_on(int8_backend: BackendCase) -> None:
+def test_state_that_was_copied_by_hand_goes_on(backend: BackendCase) -> None:
     """Codes with their scales, as they lie in memory, are a checkpoint too."""
     make = of_class("adam", amsgrad=True, pullback_momentum="pullback")
-    optimizer, params = made(make, int8_backend, state_dtype=INT8)
+    optimizer, params = made(make, backend, state_dtype=INT8)
     run(optimizer, params, range(1, 5))
-    again, others = made(make, int8_backend, state_dtype=INT8)
+    again, others = made(make, backend, state_dtype=INT8)
     for p, q in zip(params, others, strict=True):
         q.data.copy_(p.data)
     raw = copy.deepcopy({i: optimizer.state[p] for i, p in enumerate(params)})
@@ -210,9 +202,9 @@ def test_state_that_was_copied_by_hand_goes_on(int8_backend: BackendCase) -> Non
     assert_same(again, others, optimizer, params)
 
 
-def test_codes_are_decoded_where_another_dtype_is_asked_for(int8_backend: BackendCase) -> None:
+def test_codes_are_decoded_where_another_dtype_is_asked_for(backend: BackendCase) -> None:
     """A restart at other settings, of slow weights too."""
-    optimizer, params = made(of_class("adamw", pullback_momentum="pullback"), int8_backend, state_dtype=INT8)
+    optimizer, params = made(of_class("adamw", pullback_momentum="pullback"), backend, state_dtype=INT8)
     run(optimizer, params, range(1, 5))
     before = {(i, m): wide(optimizer.state[p], m) for i, p in enumerate(params) for m in ("exp_avg_sq", "exp_avg")}
     optimizer.param_groups[0]["state_dtype"] = "float32"
@@ -229,7 +221,7 @@ def test_codes_are_decoded_where_another_dtype_is_asked_for(int8_backend: Backen
     assert torch.equal(wide(optimizer.state[params[1]], "exp_avg_sq"), before[1, "exp_avg_sq"])
 
 
-def test_distributed_checkpoints_hold_no_codes(int8_backend: BackendCase) -> None:
+def test_distributed_checkpoints_hold_no_codes(backend: BackendCase) -> None:
     """A template that it makes by a step of zero gradients is one to load into."""
     if not torch.distributed.is_available():
         pytest.skip("this torch was built without torch.distributed")
@@ -237,9 +229,9 @@ def test_distributed_checkpoints_hold_no_codes(int8_backend: BackendCase) -> Non
 
     for flat in (False, True):
         options = dcp.StateDictOptions(flatten_optimizer_state_dict=flat)
-        models = [torch.nn.Linear(40, 10).to(int8_backend.device) for _ in range(2)]
+        models = [torch.nn.Linear(40, 10).to(backend.device) for _ in range(2)]
         make = of_class("adamw", pullback_momentum="pullback")
-        ours, again = (make(model.parameters(), int8_backend.name, INT8) for model in models)
+        ours, again = (make(model.parameters(), backend.name, INT8) for model in models)
         run(ours, list(models[0].parameters()), range(1, 6))
         saved = copy.deepcopy(dcp.get_state_dict(models[0], ours, options=options))
         dcp.get_optimizer_state_dict(models[1], again, options=options)
@@ -278,14 +270,14 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("how", BAD)
-def test_codes_without_their_scales_are_refused(int8_backend: BackendCase, how: str) -> None:
+def test_codes_without_their_scales_are_refused(backend: BackendCase, how: str) -> None:
     """In the last parameter, so that the ones before it would have been changed; whatever its group says."""
-    if int8_backend.device != "cpu":
+    if backend.device != "cpu":
         pytest.skip("names the host")
     spoil, error, said = BAD[how]
     for asked in (INT8, "float32"):
         params = make_params(((5,), (3, 100)))
-        optimizer = of_class("adamw", pullback_momentum="pullback")(params, int8_backend.name, INT8)
+        optimizer = of_class("adamw", pullback_momentum="pullback")(params, backend.name, INT8)
         run(optimizer, params, range(1, 3))
         optimizer.param_groups[0]["state_dtype"] = asked
         own = optimizer.state[params[1]]
@@ -308,8 +300,8 @@ def test_codes_without_their_scales_are_refused(int8_backend: BackendCase, how: 
         run(optimizer, params, range(3, 4))
 
 
-def test_codes_of_what_is_no_moment_are_refused(int8_backend: BackendCase) -> None:
-    optimizer, params = made(of_class("adamw"), int8_backend, state_dtype=INT8)
+def test_codes_of_what_is_no_moment_are_refused(backend: BackendCase) -> None:
+    optimizer, params = made(of_class("adamw"), backend, state_dtype=INT8)
     run(optimizer, params, range(1, 3))
     optimizer.state[params[1]]["slow_param"] = torch.zeros_like(params[1], dtype=torch.uint8)
     before = snapshot(optimizer)

@@ -1,4 +1,4 @@
-"""`state_dtype="int8"`: the moments in a quarter of their memory, with the same bits on every backend.
+"""`state_dtype="int8"`: what codes have and other narrow moments have not; for the rest see `test_state_dtype.py`.
 
 What codes are is tested in `test_codes.py`, and what becomes of them in checkpoints in `test_int8_checkpoints.py`.
 """
@@ -14,58 +14,17 @@ import numpy as np
 import pytest
 import torch
 from helpers import BackendCase, make_grads, make_params, same_tensor_bits, seeded, tune
-from narrow import BF16, FP16, FP32, FP64, MOMENTS, OPTIMIZERS, REFERENCE, assert_same, made, of_class, run, wide
+from narrow import OPTIMIZERS, REFERENCE, assert_same, made, of_class, run, wide
 from test_tensor_classes import Around, AroundState
 
 import lookahead_fused
 from lookahead_fused._norm import GlobalNorm
-from lookahead_fused._parts import CHUNK_ELEMENTS
-
-# ------------------------------------------------------------------------------------------------------------
-# what is computed
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
-def test_every_backend_gives_the_reference_s_bits(int8_backend: BackendCase, name: str, dtype: torch.dtype) -> None:
-    optimizer, params = made(OPTIMIZERS[name], int8_backend, dtype, "int8")
-    reference, others = made(OPTIMIZERS[name], REFERENCE, dtype, "int8")
-    for t in range(1, 5):
-        run(optimizer, params, range(t, t + 1))
-        run(reference, others, range(t, t + 1))
-        if t == 2 and isinstance(optimizer, lookahead_fused.LookaheadAdam | lookahead_fused.LookaheadSGD):
-            # A pass of its own.
-            optimizer.sync()
-            reference.sync()  # type: ignore[attr-defined]
-    if int8_backend.ulps == 0:
-        assert_same(optimizer, params, reference, others)
-    for p in params:
-        own = optimizer.state[p]
-        for moment in MOMENTS:
-            assert (moment in own) == (f"{moment}_scale" in own)
-            if moment in own:
-                assert own[moment].dtype == torch.uint8
-                assert own[moment].stride() == p.stride()
-                assert own[f"{moment}_scale"].shape == (-(-p.numel() // 128),)
-        rest = {n: value for n, value in own.items() if n not in MOMENTS}
-        assert all(value.dtype in (FP32, FP64, torch.int16) for value in rest.values())
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-def test_gradients_may_be_fp32(int8_backend: BackendCase, dtype: torch.dtype) -> None:
-    make = of_class("adam", master_weights=True, pullback_momentum="pullback")
-    optimizer, params = made(make, int8_backend, dtype, "int8")
-    reference, others = made(make, REFERENCE, dtype, "int8")
-    run(optimizer, params, range(1, 5), FP32)
-    run(reference, others, range(1, 5), FP32)
-    if int8_backend.ulps == 0:
-        assert_same(optimizer, params, reference, others)
-
-
-def test_codes_are_the_oracle_s(int8_backend: BackendCase) -> None:
+def test_codes_are_the_oracle_s(backend: BackendCase) -> None:
     """SGD with momentum by hand, in NumPy: what a step reads is what codes stand for, what it leaves is drawn anew."""
-    p = torch.nn.Parameter(torch.zeros(300, device=int8_backend.device))
-    optimizer = of_class("sgd", momentum=0.5, lr=1.0, k=100)([p], int8_backend.name, "int8")
+    p = torch.nn.Parameter(torch.zeros(300, device=backend.device))
+    optimizer = of_class("sgd", momentum=0.5, lr=1.0, k=100)([p], backend.name, "int8")
     buffer = np.zeros(300, dtype=np.float32)
     for t in range(1, 6):
         gradient = torch.randn(300, generator=seeded(t)) * 10.0 ** torch.randint(-6, 7, (300,), generator=seeded(t))
@@ -75,7 +34,7 @@ def test_codes_are_the_oracle_s(int8_backend: BackendCase) -> None:
         buffer = g if t == 1 else np.float32(0.5) * buffer + g
         codes, tops = coded.encode(buffer, coded.SIGNED, coded.draws(300, t, False, 0))
         own = optimizer.state[p]
-        if int8_backend.ulps == 0:
+        if backend.ulps == 0:
             assert own["momentum_buffer"].cpu().numpy().tobytes() == codes.tobytes()
             assert own["momentum_buffer_scale"].cpu().numpy().tobytes() == coded.scales(tops).tobytes()
         buffer = wide(own, "momentum_buffer").numpy()
@@ -103,30 +62,6 @@ def test_tails_of_every_length_are_the_reference_s(numel: int) -> None:
         assert_same(*stepped("cpu", instruction_set=instruction_set), *expected)
 
 
-@pytest.mark.parametrize("chunk_elements", [128, 384, CHUNK_ELEMENTS])
-def test_chunks_threads_and_instruction_sets_change_no_bit(chunk_elements: int) -> None:
-    native = lookahead_fused._build.module("_cpu")
-    if native is None:
-        pytest.skip(lookahead_fused._build.reason("_cpu"))
-
-    def stepped(threads: int, **tuning: Any) -> tuple[torch.optim.Optimizer, list[Any]]:
-        params = make_params(((40_003,), (33,)))
-        optimizer = of_class("adam", amsgrad=True, pullback_momentum="pullback")(params, "cpu", "int8")
-        tune(optimizer, **tuning)
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            run(optimizer, params, range(1, 5))
-        finally:
-            torch.set_num_threads(before)
-        return optimizer, params
-
-    expected = stepped(1)
-    for instruction_set in native.instruction_sets():
-        found = stepped(3, chunk_elements=chunk_elements, instruction_set=instruction_set)
-        assert_same(*found, *expected)
-
-
 @pytest.mark.parametrize("chunk_elements", [1, 7, 64, 4097])
 def test_chunks_that_cut_blocks_are_refused(chunk_elements: int) -> None:
     if reason := lookahead_fused._build.reason("_cpu"):
@@ -138,73 +73,15 @@ def test_chunks_that_cut_blocks_are_refused(chunk_elements: int) -> None:
         run(optimizer, params, range(1, 2))
 
 
-def test_moments_are_encoded_in_a_step_and_used_before_that(int8_backend: BackendCase) -> None:
-    """A first step's update is that of fp32 moments; what is kept is within a code of each."""
-    optimizer, params = made(of_class("adamw"), int8_backend, state_dtype="int8")
-    exact, others = made(of_class("adamw"), int8_backend, state_dtype="float32")
-    run(optimizer, params, range(1, 2))
-    run(exact, others, range(1, 2))
-    for p, q in zip(params, others, strict=True):
-        assert torch.equal(p, q)
-        for name in ("exp_avg", "exp_avg_sq"):
-            kept, number = wide(optimizer.state[p], name), exact.state[q][name].cpu()
-            assert ((kept - number).abs() <= number.abs() * 2.0**-3).all()
-    assert not torch.equal(kept, number.to(BF16).float())
-
-
-@pytest.mark.parametrize("name", ["cpu", "reference"])
-def test_a_second_moment_does_not_stall(name: str) -> None:
-    """Beside a largest that stays, in its own block, at beta2 = 0.999. All backends round alike."""
-    if reason := lookahead_fused.backends()[name].reason:
-        pytest.skip(reason)
-    p = torch.nn.Parameter(torch.zeros(4096))
-    optimizer = lookahead_fused.LookaheadAdamW([p], lr=0.0, state_dtype="int8", backend=name)
-    p.grad = torch.rand(4096, generator=seeded(0)) + 0.5
-    optimizer.step()
-    start = wide(optimizer.state[p], "exp_avg_sq").double()
-    p.grad = torch.zeros(4096)
-    p.grad[::128] = 1.0
-    steps = 1000
-    for _ in range(steps):
-        optimizer.step()
-    end = wide(optimizer.state[p], "exp_avg_sq").double()
-    rest = torch.arange(4096) % 128 != 0
-    assert math.isclose((end[rest].mean() / start[rest].mean()).item(), 0.999**steps, rel_tol=0.03)
-
-
-def test_nothing_changes_where_a_step_is_skipped(int8_backend: BackendCase) -> None:
-    make = of_class("adam", amsgrad=True, pullback_momentum="pullback")
-    optimizer, params = made(make, int8_backend, state_dtype="int8")
-    run(optimizer, params, range(1, 3))
-    before = copy.deepcopy(optimizer.state)
-    kept = dict(zip(params, before.values(), strict=True))
-    optimizer.found_inf = torch.ones((), device=int8_backend.device)  # type: ignore[attr-defined]
-    run(optimizer, params, range(3, 4))
-    assert all(same_tensor_bits(kept[p][n], value) for p in params for n, value in optimizer.state[p].items())
-
-
-def test_a_step_moves_no_state(int8_backend: BackendCase) -> None:
-    """What a first step made is written in place by all others: a byte each, and 4 for a block."""
-    make = of_class("adam", amsgrad=True, pullback_momentum="pullback")
-    optimizer, params = made(make, int8_backend, state_dtype="int8")
-    run(optimizer, params, range(1, 2))
-    kept = {(p, name): value for p in params for name, value in optimizer.state[p].items()}
-    run(optimizer, params, range(2, 8))
-    assert all(optimizer.state[p][name] is value for (p, name), value in kept.items())
-    sizes = {n: value.nbytes for (p, n), value in kept.items() if p is params[3]}
-    of_moments = sum(size for n, size in sizes.items() if n.removesuffix("_scale") in MOMENTS)
-    assert of_moments == 4 * (260 + 3 * 4)
-
-
-def test_what_is_infinite_or_no_number_harms_itself_alone(int8_backend: BackendCase) -> None:
+def test_what_is_infinite_or_no_number_harms_itself_alone(backend: BackendCase) -> None:
     """Neither the scale of its block nor a neighbour: it becomes NaN, as it would in a few steps of fp32."""
-    params = make_params(((256,), (256,)), device=int8_backend.device)
-    optimizer = of_class("adamw")(params, int8_backend.name, "int8")
+    params = make_params(((256,), (256,)), device=backend.device)
+    optimizer = of_class("adamw")(params, backend.name, "int8")
     for t in range(1, 4):
         for p, g in zip(params, make_grads([params[0]] * 2, generator=seeded(t)), strict=True):
             p.grad = g
         params[1].grad = params[0].grad.clone()
-        params[1].grad[[3, 7]] = torch.tensor([math.inf, math.nan], device=int8_backend.device)
+        params[1].grad[[3, 7]] = torch.tensor([math.inf, math.nan], device=backend.device)
         optimizer.step()
     apart = [i for i in range(256) if i not in (3, 7)]
     clean, other = (optimizer.state[p] for p in params)
@@ -216,48 +93,24 @@ def test_what_is_infinite_or_no_number_harms_itself_alone(int8_backend: BackendC
     assert torch.isfinite(params[1][apart]).all()
 
 
-def test_groups_choose_for_themselves(int8_backend: BackendCase) -> None:
-    params = make_params(((40,), (400,), (40,)), device=int8_backend.device)
-    groups = [{"params": params[:1], "state_dtype": "int8"}, {"params": params[1:2]}]
-    optimizer = lookahead_fused.LookaheadAdamW(groups, lr=0.05, backend=int8_backend.name)
-    optimizer.add_param_group({"params": params[2:], "state_dtype": "bfloat16"})
-    run(optimizer, params, range(1, 3))
-    assert [optimizer.state[p]["exp_avg"].dtype for p in params] == [torch.uint8, FP32, BF16]
-    # A choice that changes takes the moments along.
-    for group, chosen in zip(optimizer.param_groups, ("bfloat16", "int8", "float32"), strict=True):
-        group["state_dtype"] = chosen
-    before = wide(optimizer.state[params[0]], "exp_avg_sq")
-    for p in params:
-        p.grad = torch.zeros_like(p)
-    optimizer.sync()
-    assert torch.equal(optimizer.state[params[0]]["exp_avg_sq"].float().cpu(), before)
-    run(optimizer, params, range(3, 5))
-    assert [optimizer.state[p]["exp_avg"].dtype for p in params] == [BF16, torch.uint8, FP32]
-    assert [sorted(n for n in optimizer.state[p] if n.endswith("_scale")) for p in params] == [
-        [],
-        ["exp_avg_scale", "exp_avg_sq_scale"],
-        [],
-    ]
-
-
-def test_a_parameter_with_gaps_is_stepped_through_a_copy(int8_backend: BackendCase) -> None:
-    numbers = torch.randn(20, 40, generator=seeded(0)).to(int8_backend.device)
+def test_a_parameter_with_gaps_is_stepped_through_a_copy(backend: BackendCase) -> None:
+    numbers = torch.randn(20, 40, generator=seeded(0)).to(backend.device)
     params = [torch.nn.Parameter(numbers.clone()[:, ::2]), torch.nn.Parameter(numbers[:, ::2].contiguous())]
     assert not params[0].is_contiguous()
-    optimizer = of_class("adamw", k=2)(params, int8_backend.name, "int8")
+    optimizer = of_class("adamw", k=2)(params, backend.name, "int8")
     for t in range(1, 6):
         for p in params:
-            p.grad = torch.randn(20, 20, generator=seeded(t)).to(int8_backend.device)
+            p.grad = torch.randn(20, 20, generator=seeded(t)).to(backend.device)
         optimizer.step()
     assert torch.equal(*params)
     gaps, dense = (optimizer.state[p] for p in params)
     assert all(same_tensor_bits(gaps[name], dense[name]) for name in dense)
 
 
-def test_a_parameter_that_is_laid_out_anew_takes_its_moments_along(int8_backend: BackendCase) -> None:
+def test_a_parameter_that_is_laid_out_anew_takes_its_moments_along(backend: BackendCase) -> None:
     """Encoded to the nearest in its new order, in blocks of other elements."""
-    p = torch.nn.Parameter(torch.randn(2, 8, 5, 6, generator=seeded(0)).to(int8_backend.device))
-    optimizer = of_class("adamw", lr=0.0)([p], int8_backend.name, "int8")
+    p = torch.nn.Parameter(torch.randn(2, 8, 5, 6, generator=seeded(0)).to(backend.device))
+    optimizer = of_class("adamw", lr=0.0)([p], backend.name, "int8")
     run(optimizer, [p], range(1, 3))
     before = wide(optimizer.state[p], "exp_avg_sq")
     p.data = p.data.contiguous(memory_format=torch.channels_last)
@@ -269,10 +122,10 @@ def test_a_parameter_that_is_laid_out_anew_takes_its_moments_along(int8_backend:
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion alone", "gpa"])
-def test_clipped_and_skipped_steps_are_the_reference_s(int8_backend: BackendCase, name: str) -> None:
+def test_clipped_and_skipped_steps_are_the_reference_s(backend: BackendCase, name: str) -> None:
     found = []
-    for backend in (int8_backend, REFERENCE):
-        optimizer, params = made(OPTIMIZERS[name], backend, state_dtype="int8")
+    for case in (backend, REFERENCE):
+        optimizer, params = made(OPTIMIZERS[name], case, state_dtype="int8")
         optimizer._norm = GlobalNorm(0.5, True)  # type: ignore[attr-defined]
         run(optimizer, params, range(1, 4))
         kept = copy.deepcopy(dict(optimizer.state[params[3]]))
@@ -282,20 +135,20 @@ def test_clipped_and_skipped_steps_are_the_reference_s(int8_backend: BackendCase
         run(optimizer, params, range(4, 6))
         assert optimizer.skipped_steps.item() == 1  # type: ignore[attr-defined]
         found.append((optimizer, params))
-    if int8_backend.ulps == 0:
+    if backend.ulps == 0:
         assert_same(*found[0], *found[1])
 
 
-def test_parameters_that_share_memory_are_stepped_in_turn(int8_backend: BackendCase) -> None:
-    whole = torch.randn(400, generator=seeded(0)).to(int8_backend.device)
+def test_parameters_that_share_memory_are_stepped_in_turn(backend: BackendCase) -> None:
+    whole = torch.randn(400, generator=seeded(0)).to(backend.device)
     found = []
-    for name in (int8_backend.name, "reference"):
+    for name in (backend.name, "reference"):
         memory = whole.clone()
         params = [torch.nn.Parameter(memory[:300]), torch.nn.Parameter(memory[200:])]
         optimizer = of_class("adamw")(params, name, "int8")
         run(optimizer, params, range(1, 5))
         found.append((optimizer, params))
-    if int8_backend.ulps == 0:
+    if backend.ulps == 0:
         assert_same(*found[0], *found[1])
 
 

@@ -53,6 +53,7 @@ EXTERNAL = EXTERNAL_CLASSES["nadam"]
 FORMS: dict[str, Any] = {
     "lookahead": of_class("adam", k=2, amsgrad=True, pullback_momentum="pullback"),
     "outer momentum": of_class("sgd", momentum=0.9, k=2, alpha=1.2, outer_momentum=0.5, pullback_momentum="reset"),
+    "int8": of_class("adam", k=2, outer_momentum=0.5, pullback_momentum="pullback", state_dtype="int8"),
     "wrapper": around(torch.optim.AdamW, Lookahead, k=2, outer_momentum=0.5),
     "ema": around(torch.optim.AdamW, EMA, decay=0.7, every=2, start=1),
     "gpa": around(torch.optim.AdamW, GPA, train_interp=0.6, eval_interp=0.8),
@@ -110,7 +111,7 @@ def test_the_bits_are_the_same(backend: BackendCase, pinned: PinnedHost, form: s
         assert all(same_tensor_bits(p, q) for p, q in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("form", ["lookahead", "outer momentum", "ema", "external"])
+@pytest.mark.parametrize("form", ["lookahead", "outer momentum", "int8", "ema", "external"])
 def test_the_link_is_used_at_events_alone(runtime: ctypes.CDLL, pinned: PinnedHost, form: str) -> None:
     """8 bytes of each slow weight in every second step, and not one of it in the others."""
     (p,) = params = make_params([(4099,)])
@@ -487,7 +488,8 @@ def test_the_reference_backend_copies() -> None:
         assert places == [[name, "pinned" if name in ON_HOST else "small"] for name, _ in places], form
 
 
-@forms
+# Of such a class codes are refused before that.
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "int8"])
 def test_a_class_around_other_tensors_is_refused(pinned: PinnedHost, form: str) -> None:
     """Where its memory lies is its own business, and no kernel gets an address of it."""
     inner = torch.ones(4, 3)

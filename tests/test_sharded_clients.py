@@ -123,6 +123,8 @@ def model():
 ON_HOST = ("slow_param", "outer_momentum_buffer")
 CLASSES = {
     "adamw": lambda ps, **own: LookaheadAdamW(ps, lr=0.1, k=2, outer_momentum=0.5, **own),
+    "int8": lambda ps, **own: LookaheadAdamW(
+        ps, lr=0.1, k=2, pullback_momentum="pullback", state_dtype="int8", **own),
     "generic": lambda ps, **own: Lookahead(torch.optim.Adamax(ps, lr=0.1), k=2, **own),
     "ema": lambda ps, **own: EMA(torch.optim.AdamW(ps, lr=0.1), 0.7, every=2, **own),
 }
@@ -156,19 +158,21 @@ with pinned_host() as host:
                 assert type(value) is type(optimizer.state[p][key]), (name, key)
                 assert torch.equal(local(value), local(optimizer.state[p][key])), (name, key)
 
-    ours, plain = make_model("fp32"), make_model("fp32")
-    together = {"process_group": dist.group.WORLD, "outer_momentum": 0.5, "k": 2, "lr": 0.1}
-    optimizer = LookaheadAdamW(ours.parameters(), offload_slow=True, **together)
-    twin = LookaheadAdamW(plain.parameters(), **together)
-    for m, o in ((ours, optimizer), (plain, twin)):
-        train(m, o, range(5), of=rank)
-        o.sync()
-    assert_placed(optimizer, "workers")
-    same(ours.parameters(), plain.parameters(), "workers")
-    for p in ours.parameters():
-        both = [torch.empty_like(p) for _ in range(2)]
-        dist.all_gather(both, p.detach())
-        same(both[:1], both[1:], "workers, on both ranks")
+    for moments in ("float32", "int8"):
+        ours, plain, what = make_model("fp32"), make_model("fp32"), f"workers, {moments}"
+        together = {"process_group": dist.group.WORLD, "outer_momentum": 0.5, "k": 2, "lr": 0.1, "state_dtype": moments}
+        optimizer = LookaheadAdamW(ours.parameters(), offload_slow=True, **together)
+        twin = LookaheadAdamW(plain.parameters(), **together)
+        for m, o in ((ours, optimizer), (plain, twin)):
+            train(m, o, range(5), of=rank)
+            o.sync()
+        assert_placed(optimizer, what)
+        same(ours.parameters(), plain.parameters(), what)
+        same_state(optimizer, twin, what)
+        for p in ours.parameters():
+            both = [torch.empty_like(p) for _ in range(2)]
+            dist.all_gather(both, p.detach())
+            same(both[:1], both[1:], f"{what}, on both ranks")
 """
 
 # Two dimensions, a layer that is sharded in one of them alone, and a plain tensor: three kinds in one optimizer.

@@ -85,6 +85,9 @@ CASES: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "adamw": ("adamw", torch.float32, pulled_back(outer_momentum=0.6)),
     "adamw-master": ("adamw", torch.bfloat16, pulled_back(master_weights=True)),
     "sgd": ("sgd", torch.float64, pulled_back(momentum=0.9)),
+    # Pulled back, a narrow moment is rounded once more: between the inner step and the event.
+    "bfloat16": ("sgd", torch.bfloat16, {"k": 3, "momentum": 0.9, "master_weights": True, "state_dtype": "bfloat16"}),
+    "int8": ("adamw", torch.float32, {"k": 3, "pullback_momentum": "reset", "state_dtype": "int8"}),
     "rmsprop": ("rmsprop", torch.float32, {"k": 2, "momentum": 0.9, "pullback_momentum": "reset"}),
     "lion": ("lion", torch.float32, {"k": 1, "alpha": 1.2, "outer_momentum": 0.5}),
     "never": ("radam", torch.float32, {"k": 2**60}),

@@ -32,6 +32,10 @@ CASES = {
         ps, lr=0.05, momentum=0.9, alpha=0.7, outer_momentum=0.5, pullback_momentum="reset", **at)),
     "bf16": (torch.bfloat16, lambda ps, **at: LookaheadSGD(ps, lr=0.05, **at)),
     "bf16-master": (torch.bfloat16, lambda ps, **at: LookaheadSGD(ps, lr=0.05, master_weights=True, **at)),
+    "bfloat16": (torch.bfloat16, lambda ps, **at: Lookahead(
+        torch.optim.SGD(ps, lr=0.05, momentum=0.9), master_weights=True, state_dtype="bfloat16", **at)),
+    "int8": (torch.float32, lambda ps, **at: LookaheadAdamW(
+        ps, lr=0.1, alpha=0.3, pullback_momentum="pullback", state_dtype="int8", **at)),
     "wrapped": (torch.float32, lambda ps, **at: Lookahead(
         torch.optim.AdamW(ps, lr=0.1), alpha=1.2, outer_momentum=0.6, outer_nesterov=False, **at)),
     "unfused": (torch.float32, lambda ps, **at: Lookahead(

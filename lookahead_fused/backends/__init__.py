@@ -4,7 +4,6 @@
 
 A backend is a module with
     NAME, DEVICES           what it is called, and the device types it serves (None: any)
-    STATE_DTYPES            in which dtypes moments may lie, by their names
     unavailable(device) -> str   why it does not serve on this machine, or on one device of it; "" where it does
     part(spec) -> Part      a part of an optimizer's parameters, for this backend to step
 """

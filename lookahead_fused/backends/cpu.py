@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
 from torch import Tensor
 
 from .. import _build as build
 from .._norm import ClipOnDevice
 from .._parts import CompiledPart, Part, Spec
-from .._policies import StateDtype
 
 NAME = "cpu"
 DEVICES = ("cpu",)
-STATE_DTYPES = get_args(StateDtype)
 
 
 def unavailable(device: torch.device | None = None) -> str:

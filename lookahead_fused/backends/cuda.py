@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from functools import partial
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +16,11 @@ from torch import Tensor
 from .. import _build as build
 from .._norm import ClipOnDevice, address
 from .._parts import CompiledPart, Part, Spec
-from .._policies import StateDtype
 from . import nvml
 from .gpu import LentUsedOn, PinnedUsedOn, UsedOn, moved_while_capturing, no_table_to_capture
 
 NAME = "cuda"
 DEVICES: tuple[str, ...] = ("cuda",)
-STATE_DTYPES = get_args(StateDtype)
 
 # What one block updates. At the end of a step the last blocks leave the memory idle: in chunks of 16,384 elements
 # ResNet-50's 161 fp32 tensors are 1,667 blocks of up to 459 KB, 3.2 for each of the 528 places on an H100, and a last

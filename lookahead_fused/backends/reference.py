@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,13 +17,12 @@ from torch import Tensor
 from .. import _masters as masters
 from .._hyperparameters import Argument
 from .._parts import Part, PlainPart, Spec
-from .._policies import CACHED, START, Ema, Gpa, Lookahead, StateDtype
+from .._policies import CACHED, START, Ema, Gpa, Lookahead
 from .._rows import Row
 from .reference_state import encoded, rounded
 
 NAME = "reference"
 DEVICES = None
-STATE_DTYPES = get_args(StateDtype)
 
 
 def unavailable(device: torch.device | None = None) -> str:

@@ -13,7 +13,7 @@ import functools
 import importlib
 from contextlib import nullcontext
 from types import ModuleType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +23,12 @@ from .. import _build as build
 from .._captures import allowed_to_wait
 from .._norm import ClipOnDevice
 from .._parts import CompiledPart, Part, Pass, Spec
-from .._policies import StateDtype
 from .._tensors import compute_dtype, count_device
 from .gpu import LentUsedOn, PinnedUsedOn, UsedOn, moved_while_capturing, no_table_to_capture
 
 NAME = "triton"
 # CUDA is AMD's ROCm too. For the last two there are drivers outside of Triton's own releases.
 DEVICES: tuple[str, ...] = ("cuda", "xpu", "npu", "mtia")
-STATE_DTYPES = get_args(StateDtype)
 
 # The first that compiles the kernels, and the torch that brings it. What each since then makes of them,
 # `test_triton_code.py` reads.
