@@ -86,7 +86,7 @@ struct Walk {
         for (int m = 0; m < Rule::MOMENTS; ++m) {
             if (state.moment[m] == nullptr) continue;
             if constexpr (CODED) {
-                moment[m] = at.block->template load<WIDTH>(state.moment[m], i, m);
+                moment[m] = at.block->template load<WIDTH>(i, m);
             } else {
                 moment[m] = load(state.moment[m]);
             }
@@ -120,7 +120,7 @@ struct Walk {
                 if (state.moment[0] != nullptr) {
                     V cached{};
                     if constexpr (CODED) {
-                        if (state.cached != nullptr) cached = at.block->template load_cached<WIDTH>(state.cached, i);
+                        if (state.cached != nullptr) cached = at.block->template load_cached<WIDTH>(i);
                     } else {
                         if (state.cached != nullptr) cached = load(state.cached);
                     }
@@ -198,22 +198,23 @@ struct Walk {
 
     // The table's binding has made chunks that begin where blocks do.
     static void coded_chunk(const Step& step, const Row& row, const Chunk& piece) {
-        BlockArrays at{arrays(step, row, piece.offset), nullptr};
-        const ScaleArrays<Rule> of_blocks = scales(row, piece.offset);
         const int ahead = prefetch_ahead();
         const bool streams = row.numel > 8 * ahead;
-        const bool with_cached = step.slow.due && at.state.moment[0] != nullptr && at.state.cached != nullptr;
         for (int64_t first = 0; first < piece.count; first += CODE_BLOCK) {
             const int64_t left = piece.count - first;
-            const int count = static_cast<int>(left < CODE_BLOCK ? left : CODE_BLOCK), whole = count / N * N;
-            CodedBlock<Rule> block(at.state, of_blocks, first / CODE_BLOCK);
+            const int count = static_cast<int>(left < CODE_BLOCK ? left : CODE_BLOCK);
+            const int whole = count / N * N;
+            BlockArrays at{arrays(step, row, piece.offset + first), nullptr};
+            const ScaleArrays<Rule> of_block = scales(row, piece.offset + first);
+            const bool with_cached = step.slow.due && at.state.moment[0] != nullptr && at.state.cached != nullptr;
+            CodedBlock<Rule> block(at.state, of_block, count, with_cached);
             at.block = &block;
             for (int i = 0; i < whole; i += N) {
-                if (streams) prefetch(step, at, first + i + ahead);
-                elements<N>(step, at, first + i);
+                if (streams) prefetch(step, at, i + ahead);
+                elements<N>(step, at, i);
             }
-            if (whole < count) tail<N / 2>(step, at, first + whole, count - whole);
-            block.write(at.state, of_blocks, count, at.place + static_cast<uint32_t>(first), with_cached);
+            if (whole < count) tail<N / 2>(step, at, whole, count - whole);
+            block.write(at.place);
         }
     }
 

@@ -12,7 +12,8 @@
 //
 // Between two codes a number is rounded as it is to bf16 (bfloat16.h): without bias, by the same draw.
 //
-// Word is a uint32_t or a SIMD vector of them.
+// Word is a uint32_t or a SIMD vector of them, and Half a uint16_t or a vector of those, where the upper half of a word
+// tells all: what a code stands for is a bf16 number.
 #pragma once
 
 #include <cstdint>
@@ -74,14 +75,37 @@ struct Codes {
     static LF_HD uint32_t top_in(uint32_t scale_bits) { return scale_bits >> SHIFT; }
     static LF_HD uint32_t scale_bits(uint32_t top) { return top << SHIFT; }
 
-    // The fp32 numbers' bits that codes stand for, each in the lower 8 bits of a word, the others 0.
+    // The bits of the bf16 numbers that codes stand for.
+    template <class Half>
+    static LF_HD Half decoded(Half code, uint32_t top) {
+        const Half zero{}, not_finite = zero + static_cast<uint16_t>(0x7fff);
+        const Half magnitude = SIGN == 0 ? code : Half(code & MAGNITUDE);
+        const Half number = (magnitude + static_cast<uint16_t>(top - TOP)) << (SHIFT - 16);
+        const Half bits = magnitude == static_cast<uint16_t>(NOT_FINITE) ? not_finite : number;
+        return (magnitude == static_cast<uint16_t>(0) ? zero : bits) | (code & SIGN_BIT) << 8;
+    }
+
+    // The number that the code 1 stands for.
+    static LF_HD uint32_t least_bits(uint32_t top) { return (top - TOP + 1) << SHIFT; }
+
+    // A number's bits and 16 random ones: the sum's upper bits are those of the number that it is rounded to.
     template <class Word>
-    static LF_HD Word decoded(Word code, uint32_t top) {
-        const Word zero{}, not_finite = zero + 0x7fff0000u;
-        const Word magnitude = code & (0xffu ^ SIGN);
-        const Word number = (magnitude + (top - TOP)) << SHIFT;
-        const Word bits = magnitude == NOT_FINITE ? not_finite : number;
-        return (magnitude == 0u ? zero : bits) | (code & SIGN) << 24;
+    static LF_HD Word rounded(Word bits, Word random) {
+        return bits + (random << (SHIFT - 16));
+    }
+
+    // The codes by the upper halves of rounded bits, in a block whose `measured` bits are all from least_bits to below
+    // LARGEST. Most blocks are such, and this is less than half of the instructions of `encoded`.
+    template <class Half>
+    static LF_HD Half code_of(Half upper, uint32_t top) {
+        const Half magnitude = (upper >> (SHIFT - 16)) - static_cast<uint16_t>(top - TOP);
+        return SIGN == 0 ? magnitude : Half((magnitude & MAGNITUDE) | (upper >> 8 & SIGN_BIT));
+    }
+
+    // No square has a sign but a NaN, which as a negative number is less than the least.
+    template <class Word>
+    static LF_HD typename Reading<Word>::Signed measured(Word bits) {
+        return (typename Reading<Word>::Signed)(SIGN == 0 ? bits : bits & 0x7fffffffu);
     }
 
     // The codes of fp32 numbers' bits, with 16 random bits for each (random_half), in a block with this top.
@@ -90,21 +114,24 @@ struct Codes {
         using Read = Reading<Word>;
         using Signed = typename Read::Signed;
         const Word magnitude = bits & 0x7fffffffu, none{}, one = none + 1u, not_finite = none + NOT_FINITE;
-        const uint32_t offset = top - TOP, least_bits = (offset + 1) << SHIFT;
-        const Word up = (Signed)magnitude < (int32_t)LARGEST ? magnitude + (random << (SHIFT - 16)) : magnitude;
-        Word code = (up >> SHIFT) - offset;
+        const uint32_t least = least_bits(top);
+        const Word up = (Signed)magnitude < (int32_t)LARGEST ? rounded(magnitude, random) : magnitude;
+        Word code = (up >> SHIFT) - (top - TOP);
         // Below the least number: upwards as often as the number is near to it, or in any case.
-        const auto is_less = (Signed)magnitude < (int32_t)least_bits;
+        const auto is_less = (Signed)magnitude < (int32_t)least;
         if constexpr (SQUARES) {
             code = is_less ? one : code;
             code = magnitude == 0u ? none : code;
         } else {
-            const float step = Reading<uint32_t>::with_bits(least_bits) * 0x1p-16f;
+            const float step = Reading<uint32_t>::with_bits(least) * 0x1p-16f;
             const Word drawn = Read::number(random) * step < Read::with_bits(magnitude) ? one : none;
             code = is_less ? drawn : code;
         }
         return ((Signed)magnitude < 0x7f800000 ? code : not_finite) | (bits >> 24 & SIGN);
     }
+
+   private:
+    static constexpr uint16_t SIGN_BIT = SIGN, MAGNITUDE = 0xff ^ SIGN;
 };
 
 }  // namespace LF_ISA
