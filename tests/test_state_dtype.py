@@ -150,25 +150,24 @@ def test_moments_are_rounded_in_a_step_and_used_before_that(backend: BackendCase
 
 
 @narrow_ones
-@pytest.mark.parametrize("name", ["cpu", "reference"])
-def test_a_second_moment_does_not_stall(name: str, narrow: str) -> None:
+@pytest.mark.parametrize(("name", "steps"), [("cpu", 2000), ("reference", 300)])
+def test_a_second_moment_does_not_stall(name: str, steps: int, narrow: str) -> None:
     """Rounded to the nearest it stays where it was at beta2 = 0.999; here beside a largest that stays in its block.
-    All backends round alike."""
+    All backends round alike, and the reference takes long."""
     if reason := lookahead_fused.backends()[name].reason:
         pytest.skip(reason)
-    p = torch.nn.Parameter(torch.zeros(2048))
+    p = torch.nn.Parameter(torch.zeros(4096))
     optimizer = lookahead_fused.LookaheadAdamW([p], lr=0.0, state_dtype=narrow, backend=name)
-    p.grad = torch.rand(2048, generator=seeded(0)) + 0.5
+    p.grad = torch.rand(4096, generator=seeded(0)) + 0.5
     optimizer.step()
     start = wide(optimizer.state[p], "exp_avg_sq").double()
-    p.grad = torch.zeros(2048)
+    p.grad = torch.zeros(4096)
     p.grad[::BLOCK] = 1.0
-    steps = 300
     for _ in range(steps):
         optimizer.step()
     end = wide(optimizer.state[p], "exp_avg_sq").double()
-    rest = torch.arange(2048) % BLOCK != 0
-    assert math.isclose((end[rest].mean() / start[rest].mean()).item(), 0.999**steps, rel_tol=0.03)
+    rest = torch.arange(4096) % BLOCK != 0
+    assert math.isclose((end[rest].mean() / start[rest].mean()).item(), 0.999**steps, rel_tol=0.02)
 
 
 @narrow_ones
