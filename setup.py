@@ -10,7 +10,7 @@ Read from the environment:
     TORCH_CUDA_ARCH_LIST     what _cuda is built for: "8.0 9.0a 12.0+PTX", or with ";"; default: see ARCHITECTURES below
     LOOKAHEAD_FUSED_PYTHONS  interpreters to build modules for, side by side in one wheel, in place of the one that runs
                              this: "python3.10 python3.11"; the wheel is then tagged py3-none, and where a Python has no
-                             module in it, the reference backend serves
+                             module in it, the reference backend serves. What needs no Python is a library beside them
     LOOKAHEAD_FUSED_LOCAL_VERSION   is appended to the version: cu130 makes 0.1.0+cu130
     CXX, CXXFLAGS, LDFLAGS, CUDAFLAGS, CUDAHOSTCXX   as in CMake
     NVCC_PREPEND_FLAGS, NVCC_APPEND_FLAGS   nvcc's own; see csrc/exact.cmake for what none of these can change
@@ -60,6 +60,8 @@ ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 OLDEST_NVCC = (12, 0)
 LOCAL_VERSION = os.environ.get("LOOKAHEAD_FUSED_LOCAL_VERSION", "")
 PYTHONS = os.environ.get("LOOKAHEAD_FUSED_PYTHONS", "")
+# Whether the kernels are a library beside the modules: csrc/CMakeLists.txt tells why. It takes what ELF files have.
+SHARED = bool(PYTHONS) and sys.platform == "linux"
 
 
 class Python(NamedTuple):
@@ -238,6 +240,11 @@ MODULES = (
 )
 
 
+def library_of(module: NativeModule, build: str) -> str:
+    """Where one build's library with the kernels of a module lies."""
+    return f"{PACKAGE}/lib{PACKAGE}{module.name}-{build}.so"
+
+
 class BuildNativeModules(build_ext):
     """Runs CMake once for all modules; setuptools' own compiler is not used."""
 
@@ -247,7 +254,7 @@ class BuildNativeModules(build_ext):
         package.mkdir(parents=True, exist_ok=True)
         for module in MODULES:
             # What an earlier build left there must not pass for this one's.
-            for file in self.module_files(module):
+            for file in [*self.module_files(module), *self.kernel_files(module)]:
                 (self.target_root() / file).unlink(missing_ok=True)
         wanted = [module for module in MODULES if reasons[module.name] is None]
         records = self.build_with_cmake(wanted) if wanted else {}
@@ -299,8 +306,9 @@ class BuildNativeModules(build_ext):
         stamp = build / "configured_with.json"
         if not stamp.is_file() or stamp.read_text(encoding="utf-8") != told:
             shutil.rmtree(build, ignore_errors=True)
-        # But not for another list of Pythons: the kernels are the same for all of them.
+        # But not for another list of Pythons: the kernels are the same for all of them, in a library or in each module.
         configure += [
+            f"-DLOOKAHEAD_FUSED_SHARED={'ON' if SHARED else 'OFF'}",
             f"-DLOOKAHEAD_FUSED_PYTHON_INCLUDES={';'.join(python.include for python in pythons())}",
             f"-DLOOKAHEAD_FUSED_PYTHON_SUFFIXES={';'.join(python.suffix for python in pythons())}",
         ]
@@ -310,12 +318,13 @@ class BuildNativeModules(build_ext):
         self.call([cmake, "--build", str(build), *parallel_arguments()], env)
         strip = [] if self.debug else ["--strip"]
         self.call([cmake, "--install", str(build), "--prefix", str(self.target_root()), *strip], env)
+        records = {name: json.loads((build / f"{name}.json").read_text(encoding="utf-8")) for name, *_ in wanted}
         for module in wanted:
-            for file in self.module_files(module):
+            kernels = [library_of(module, records[module.name]["build"])] if SHARED else []
+            for file in [*self.module_files(module), *kernels]:
                 if not (self.target_root() / file).is_file():
                     raise ExecError(f"CMake did not install {file}")
-        records = {module.name: build / f"{module.name}.json" for module in wanted}
-        return {name: json.loads(record.read_text(encoding="utf-8")) for name, record in records.items()}
+        return records
 
     def call(self, command: list[str], env: dict[str, str]) -> None:
         self.announce(shlex.join(command), level=2)
@@ -336,9 +345,14 @@ class BuildNativeModules(build_ext):
     def module_files(self, module: NativeModule) -> list[str]:
         return [f"{PACKAGE}/{module.name}{python.suffix}" for python in pythons()]
 
+    def kernel_files(self, module: NativeModule) -> list[str]:
+        """The libraries in the package with the module's kernels, of whatever build."""
+        root = self.target_root()
+        return [str(path.relative_to(root)) for path in root.glob(library_of(module, "*"))]
+
     def package_files(self) -> list[str]:
         """What this command puts into the package, relative to it: the files that exist after run()."""
-        modules = [file for module in MODULES for file in self.module_files(module)]
+        modules = [file for module in MODULES for file in [*self.module_files(module), *self.kernel_files(module)]]
         files = [*modules, f"{PACKAGE}/{BUILD_INFO}"]
         return [file for file in files if (self.target_root() / file).is_file()]
 

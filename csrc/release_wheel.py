@@ -3,7 +3,7 @@
     python csrc/release_wheel.py [--dist DIRECTORY] [PYTHON ...]
 
 Without a PYTHON, those of NAMES that PATH has. The compiler is zig's: clang with the headers of the older glibc and
-with a C++ library of its own, which is linked into the modules, so that a machine's libstdc++ is no matter. nvcc takes
+with a C++ library of its own, which is linked into each file, so that a machine's libstdc++ is no matter. nvcc takes
 no host compiler of that kind; CUDAHOSTCXX or g++ serves it, for launches that use no C++ library.
 
 The environment tells the rest, as for any other build: csrc/README.md lists it. `make release-wheel` installs what this
@@ -34,7 +34,7 @@ NAMES = ("python3.10", "python3.11", "python3.12", "python3.13", "python3.14", "
 MACHINE = "x86_64"
 GLIBC = (2, 17)
 PLATFORM = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{MACHINE}"
-# The parts of glibc, and no other library: neither a C++ library nor CUDA's nor torch's.
+# The parts of glibc, and but for the wheel's own no other library: neither a C++ library nor CUDA's nor torch's.
 SYSTEM = {f"lib{name}.so" for name in ("c", "m", "dl", "rt", "pthread")} | {"ld-linux-x86-64.so"}
 LOADS = """
 import importlib.util, sys
@@ -60,7 +60,8 @@ def main(arguments: list[str]) -> None:
     if faults:
         raise SystemExit("\n".join([f"{wheel.name} is not what its name says:", *faults]))
     size = wheel.stat().st_size / 2**20
-    print(f"{wheel}: {size:.1f} MiB, built in {seconds:.0f} s on {os.cpu_count()} cores, with", *modules_of(wheel))
+    held = shared_objects_of(wheel)
+    print(f"{wheel}: {size:.1f} MiB, built in {seconds:.0f} s on {os.cpu_count()} cores, with", *held)
 
 
 def found_on_path() -> Iterator[str]:
@@ -99,35 +100,50 @@ def target() -> str:
 
 
 def faults_of(wheel: Path) -> Iterator[str]:
-    """What keeps the modules of a wheel from any machine that its tag promises."""
+    """What keeps the modules and libraries of a wheel from any machine that its tag promises."""
     if not wheel.name.endswith(f"-py3-none-{PLATFORM}.whl"):
         yield f"its tag is not py3-none-{PLATFORM}"
     with zipfile.ZipFile(wheel) as archive:
-        for name in modules_of(wheel):
+        own = {Path(name).name for name in libraries_of(wheel)}
+        for name in [*modules_of(wheel), *libraries_of(wheel)]:
             with archive.open(name) as file:
-                for fault in faults_of_module(ELFFile(file)):
+                for fault in faults_of_file(ELFFile(file), own):
                     yield f"{name}: {fault}"
 
 
 def modules_of(wheel: Path) -> list[str]:
+    return [name for name in shared_objects_of(wheel) if not Path(name).name.startswith("lib")]
+
+
+def libraries_of(wheel: Path) -> list[str]:
+    """Those that hold the modules' kernels."""
+    return [name for name in shared_objects_of(wheel) if Path(name).name.startswith("lib")]
+
+
+def shared_objects_of(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         return [name for name in archive.namelist() if name.endswith(".so")]
 
 
-def faults_of_module(elf: ELFFile) -> Iterator[str]:
-    for tag in elf.get_section_by_name(".dynamic").iter_tags():
-        if tag.entry.d_tag == "DT_NEEDED" and re.sub(r"\.\d+$", "", tag.needed) not in SYSTEM:
-            yield f"needs {tag.needed}"
-        if tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH"):
-            yield "looks for libraries in a directory of the machine that built it"
+def faults_of_file(elf: ELFFile, own: set[str]) -> Iterator[str]:
+    """Of a module or a library, beside which lie the libraries `own`."""
+    tags = list(elf.get_section_by_name(".dynamic").iter_tags())
+    needed = {tag.needed for tag in tags if tag.entry.d_tag == "DT_NEEDED"}
+    yield from (f"needs {name}" for name in needed - own if re.sub(r"\.\d+$", "", name) not in SYSTEM)
+    # The one directory that moves with it is its own.
+    wanted = ["$ORIGIN"] if needed & own else []
+    paths = [tag.runpath for tag in tags if tag.entry.d_tag == "DT_RUNPATH"]
+    paths += [tag.rpath for tag in tags if tag.entry.d_tag == "DT_RPATH"]
+    if paths != wanted:
+        yield f"looks for libraries in {paths} and not in {wanted}"
     for library, version in versions_of(elf):
         number = re.fullmatch(r"GLIBC_(\d+)\.(\d+)(\.\d+)?", version)
-        if number is None or (int(number[1]), int(number[2])) > GLIBC:
+        if library not in own and (number is None or (int(number[1]), int(number[2])) > GLIBC):
             yield f"needs {version} of {library}"
 
 
 def versions_of(elf: ELFFile) -> Iterator[tuple[str, str]]:
-    """The libraries whose symbols a module takes, with the versions of these symbols."""
+    """The libraries whose symbols a module or a library takes, with the versions of these symbols."""
     for section in elf.iter_sections():
         if isinstance(section, GNUVerNeedSection):
             for library, versions in section.iter_versions():

@@ -11,6 +11,8 @@ from types import ModuleType
 from typing import Any
 
 RECORD = "_build_info.json"
+# What to do about files of two installs in one directory.
+REINSTALL = "uninstall lookahead_fused, remove what is left of its directory, and install it again"
 
 
 def module(name: str) -> ModuleType | None:
@@ -25,12 +27,21 @@ def reason(name: str) -> str:
 
 @functools.cache
 def _load(name: str) -> tuple[ModuleType | None, str]:
+    recorded = info()["modules"].get(name, {})
     try:
-        return importlib.import_module(f"lookahead_fused.{name}"), ""
+        loaded = importlib.import_module(f"lookahead_fused.{name}")
     except Exception as error:  # what a library raises while it is loaded is not always an ImportError
-        recorded = info()["modules"].get(name, {}).get("reason")
         told = f"lookahead_fused.{name} could not be imported: {type(error).__name__}: {error}"
-        return None, str(recorded or _built_for_others(name) or told)
+        # Its kernels, where they are a library: the loader finds that of its own build or none.
+        if f"liblookahead_fused{name}-" in str(error):
+            told = f"{told}; {REINSTALL}"
+        return None, str(recorded.get("reason") or _built_for_others(name) or told)
+    # A module may be left of an earlier install, for another Python: with its library it is whole, but the rest of the
+    # package is not its own.
+    build, expected = getattr(loaded, "build", None), recorded.get("build")
+    if recorded and build != expected:
+        return None, f"lookahead_fused.{name} is of build {build}, and {RECORD} tells of {expected}; {REINSTALL}"
+    return loaded, ""
 
 
 def _built_for_others(name: str) -> str:

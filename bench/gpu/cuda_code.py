@@ -199,6 +199,12 @@ def by_number(name: str) -> tuple[int, str]:
     return int(re.sub(r"\D", "", name)), name
 
 
+def with_code(names: list[str]) -> list[str]:
+    """Of a wheel's files those with machine code: where it is for several Pythons, the library they load."""
+    libraries = [name for name in names if "/liblookahead_fused_cuda-" in name]
+    return libraries or [name for name in names if "/_cuda." in name]
+
+
 def main(words: list[str]) -> int:
     wanted, paths = (expected(words[1]), words[2:]) if words[:1] == ["--expect"] else (None, words)
     status = 0
@@ -207,7 +213,7 @@ def main(words: list[str]) -> int:
             modules = [Path(path)]
             if path.endswith(".whl"):
                 with zipfile.ZipFile(path) as archive:
-                    names = [name for name in archive.namelist() if "/_cuda." in name]
+                    names = with_code(archive.namelist())
                     modules = [Path(archive.extract(name, directory)) for name in names]
             for module in modules:
                 found = kernels(module)

@@ -19,6 +19,10 @@ struct Kernel {
     size_t step_bytes;
 };
 
+// What a walk file gives out. In a wheel for several Pythons the walks are a library of their own, and this is what it
+// shows: nothing of C++'s library crosses.
+#pragma GCC visibility push(default)
+
 // Null where there is no such walk.
 using FindKernel = const Kernel* (*)(const char* rule, Dtype param, Dtype grad, Dtype state);
 
@@ -37,5 +41,7 @@ SquaresOfBlock squares_baseline(Dtype grad);
 SquaresOfBlock squares_avx2(Dtype grad);
 SquaresOfBlock squares_avx512(Dtype grad);
 #endif
+
+#pragma GCC visibility pop
 
 }  // namespace lookahead_fused

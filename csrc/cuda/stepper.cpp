@@ -43,11 +43,11 @@ void load(const Kernel& kernel, int device) {
 
 }  // namespace
 
-const Kernel* find_kernel(const std::string& rule, Dtype param, Dtype grad, Dtype state) {
+const Kernel* find_kernel(const char* rule, Dtype param, Dtype grad, Dtype state) {
     const Kernel* found = nullptr;
     Rules::any([&](auto of) {
         using Rule = decltype(of);
-        if (rule != Rule::name) return false;
+        if (std::strcmp(rule, Rule::name) != 0) return false;
         found = param == Dtype::FLOAT64 ? find_walk<Rule, true>(param, grad, state)
                                         : find_walk<Rule, false>(param, grad, state);
         return true;
@@ -232,12 +232,13 @@ void Stepper::check_launch(cudaError_t error, const char* which, const Kernel& k
                      std::to_string(device_));
 }
 
-SquaresLaunch upload(const NormPlan& plan, Dtype grad, int device, std::byte* memory, cudaStream_t stream) {
+SquaresLaunch upload(const NormLayout& plan, const std::byte* sent, Dtype grad, int device, std::byte* memory,
+                     cudaStream_t stream) {
     const DeviceGuard guard(device);
     const MayWait allowed;
     check(load_norm(grad), "loading the kernels of a norm onto device " + std::to_string(device));
-    check(cudaMemcpyAsync(memory, plan.sent().data(), plan.sent().size(), cudaMemcpyHostToDevice, stream),
-          copied(plan.sent().size(), "blocks of a norm"));
+    check(cudaMemcpyAsync(memory, sent, plan.partial, cudaMemcpyHostToDevice, stream),
+          copied(plan.partial, "blocks of a norm"));
     SquaresLaunch launch{};
     launch.blocks = reinterpret_cast<const Chunk*>(memory);
     launch.block_count = plan.count;

@@ -8,45 +8,24 @@
 #pragma once
 
 #include <cstddef>
-#include <string>
 #include <vector>
 
 #include "../table/norm_plan.h"
 #include "../table/table.h"
 #include "kernels.h"
+#include "library.h"
 #include "norm.h"
 
 namespace lookahead_fused {
 
 // Null where there is no such walk.
-const Kernel* find_kernel(const std::string& rule, Dtype param, Dtype grad, Dtype state);
+const Kernel* find_kernel(const char* rule, Dtype param, Dtype grad, Dtype state);
 
-// What a table's passes are made with.
-struct Kernels {
-    const Kernel& step;
-    const Kernel& sync;  // External's, of the same parameters
-
-    const Kernel& of(Pass pass) const { return pass == Pass::STEP ? step : sync; }
-};
-
-// How many copies may be under way before the host waits for the device.
-constexpr int RING = 4;
-
-// Bytes that a table needs on the device, and once more RING times `moving` of pinned memory.
-struct Sizes {
-    size_t fixed, moving;
-};
 Sizes sizes(const Table& table, const Kernels& kernels);
 
-// Allocated by the caller, and kept until the stepper is gone.
-struct Memory {
-    std::byte* fixed;
-    std::byte* moving;
-    std::byte* pinned;
-};
-
 // Sends a plan to memory on a device, and tells where its parts lie there.
-SquaresLaunch upload(const NormPlan& plan, Dtype grad, int device, std::byte* memory, cudaStream_t stream);
+SquaresLaunch upload(const NormLayout& plan, const std::byte* sent, Dtype grad, int device, std::byte* memory,
+                     cudaStream_t stream);
 
 class Stepper {
    public:

@@ -2,12 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <memory>
 #include <mutex>
 #include <vector>
 
-#include "../cuda/device.h"
-#include "../cuda/stepper.h"
+#include "../cuda/library.h"
 #include "../rules/external.h"
 #include "addresses.h"
 #include "table_binding.h"
@@ -24,9 +22,12 @@ namespace {
 cudaStream_t stream_of(uintptr_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
 
 Kernels kernels_for(const TableBinding& table) {
-    const Kernel* step = find_kernel(table.rule(), table.param_dtype(), table.grad_dtype(), table.state_dtype());
+    const auto find = [&](const char* rule, Dtype grad) {
+        return call(&Library::find_kernel, rule, table.param_dtype(), grad, table.state_dtype());
+    };
+    const Kernel* step = find(table.rule().c_str(), table.grad_dtype());
     if (step == nullptr) throw py::value_error("rule '" + table.rule() + "' has no CUDA walk for these dtypes");
-    return {*step, *find_kernel(External::name, table.param_dtype(), table.param_dtype(), table.state_dtype())};
+    return {*step, *find(External::name, table.param_dtype())};
 }
 
 StepArguments arguments_of(const TableBinding& table, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t clip) {
@@ -79,6 +80,11 @@ class Dropped {
     }
 };
 
+// `owners` is kept as long as the graph that the stream is being captured into.
+void keep_for_graph(uintptr_t stream, py::object owners) {
+    call(&Library::retain_for_graph, stream_of(stream), owners.release().ptr(), &Dropped::add);
+}
+
 // Addresses and stream handles are Python ints, 0 where there is none. `owners` is whatever keeps the memory alive.
 class StepperBinding {
    public:
@@ -92,7 +98,7 @@ class StepperBinding {
             throw py::value_error("the CUDA backend was given a table of tensors on another device");
         }
         const Memory memory{pointer(fixed), pointer(moving), pointer(pinned)};
-        stepper_ = std::make_unique<Stepper>(view, kernels_for(table), device, memory, stream_of(stream));
+        stepper_.reset(call(&Library::make_stepper, view, kernels_for(table), device, memory, stream_of(stream)));
     }
 
     ~StepperBinding() { Dropped::release(); }
@@ -100,7 +106,7 @@ class StepperBinding {
     StepperBinding& operator=(const StepperBinding&) = delete;
 
     static std::pair<size_t, size_t> sizes(const TableBinding& table) {
-        const Sizes sizes = lookahead_fused::sizes(table.view(), kernels_for(table));
+        const Sizes sizes = call(&Library::sizes, table.view(), kernels_for(table));
         return {sizes.fixed, sizes.moving};
     }
 
@@ -108,24 +114,26 @@ class StepperBinding {
         Dropped::release();
         const Table view = table.view();
         const py::gil_scoped_release released;
-        stepper_->step(view, arguments_of(table, grad_scale, found_inf, clip), stream_of(stream));
+        call(&Library::step, *stepper_, view, arguments_of(table, grad_scale, found_inf, clip), stream_of(stream));
     }
 
     void update_fixed(const TableBinding& table, uintptr_t stream) {
-        stepper_->update_fixed(table.view(), stream_of(stream));
+        call(&Library::update_fixed, *stepper_, table.view(), stream_of(stream));
     }
 
     // `owners` is kept as long as the graph.
     void capture(const TableBinding& table, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t clip, uintptr_t stream,
                  uintptr_t moving, uintptr_t moving_stream, py::object owners) {
-        retain_for_graph(stream_of(stream), owners.release().ptr(), &Dropped::add);
-        stepper_->capture(table.view(), arguments_of(table, grad_scale, found_inf, clip), pointer(moving),
-                          stream_of(moving_stream), stream_of(stream));
+        keep_for_graph(stream, std::move(owners));
+        call(&Library::capture, *stepper_, table.view(), arguments_of(table, grad_scale, found_inf, clip),
+             pointer(moving), stream_of(moving_stream), stream_of(stream));
     }
 
     // Has what a norm works in sent to memory of the plan's size, which `owner` keeps.
     void make_norm(const TableBinding& table, int device, uintptr_t memory, py::object owner, uintptr_t stream) {
-        norm_ = upload(NormPlan(table.view()), table.grad_dtype(), device, pointer(memory), stream_of(stream));
+        const NormPlan plan(table.view());
+        norm_ = call(&Library::upload, plan, plan.sent().data(), table.grad_dtype(), device, pointer(memory),
+                     stream_of(stream));
         norm_owner_ = std::move(owner);
     }
 
@@ -135,15 +143,15 @@ class StepperBinding {
         const SquaresLaunch launch = norm_of(places, sums);
         const Table view = table.view();
         const py::gil_scoped_release released;
-        stepper_->sum_squares(view, launch, table.grad_dtype(), stream_of(stream));
+        call(&Library::sum_squares, *stepper_, view, launch, table.grad_dtype(), stream_of(stream));
     }
 
     void capture_squares(const TableBinding& table, uintptr_t places, uintptr_t sums, uintptr_t stream,
                          uintptr_t moving, uintptr_t moving_stream, py::object owners) {
         const SquaresLaunch launch = norm_of(places, sums);
-        retain_for_graph(stream_of(stream), owners.release().ptr(), &Dropped::add);
-        stepper_->capture_squares(table.view(), launch, table.grad_dtype(), pointer(moving), stream_of(moving_stream),
-                                  stream_of(stream));
+        keep_for_graph(stream, std::move(owners));
+        call(&Library::capture_squares, *stepper_, table.view(), launch, table.grad_dtype(), pointer(moving),
+             stream_of(moving_stream), stream_of(stream));
     }
 
    private:
@@ -159,7 +167,7 @@ class StepperBinding {
     SquaresLaunch norm_{};
     // Outlives the stepper, which waits for copies out of it.
     py::object owners_;
-    std::unique_ptr<Stepper> stepper_;
+    OwnedStepper stepper_;
 };
 
 }  // namespace
@@ -173,27 +181,21 @@ PYBIND11_MODULE(LOOKAHEAD_FUSED_CUDA_MODULE, module) {
     module.attr("architectures") = LOOKAHEAD_FUSED_CUDA_ARCHITECTURES;
     // Of CUDA, as 1000 * major + 10 * minor.
     module.attr("runtime_version") = CUDART_VERSION;
-    module.def("device_count", &device_count);
-    module.def("load_kernels", &load_kernels);
+    module.def("device_count", [] { return call(&Library::device_count); });
+    module.def("load_kernels", [](int device) { call(&Library::load_kernels, device); });
     module.def(
         "make_clip",
         [](uintptr_t sums, int64_t count, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t clip, uintptr_t skip,
            uintptr_t skipped, int device, uintptr_t stream) {
-            make_clip(clip_arguments(sums, count, grad_scale, found_inf, clip, skip, skipped), device,
-                      stream_of(stream));
+            call(&Library::make_clip, clip_arguments(sums, count, grad_scale, found_inf, clip, skip, skipped), device,
+                 stream_of(stream));
         },
         py::arg("sums"), py::arg("count"), py::arg("grad_scale"), py::arg("found_inf"), py::arg("clip"),
         py::arg("skip"), py::arg("skipped"), py::arg("device"), py::arg("stream"));
-    // `owners` is kept as long as the graph that a stream is captured into.
-    module.def(
-        "retain_for_graph",
-        [](uintptr_t stream, py::object owners) {
-            retain_for_graph(stream_of(stream), owners.release().ptr(), &Dropped::add);
-        },
-        py::arg("stream"), py::arg("owners"));
+    module.def("retain_for_graph", &keep_for_graph, py::arg("stream"), py::arg("owners"));
     // Calls a function that may wait for the device, or allocate memory, while some stream is being captured.
     module.def("allowed_to_wait", [](const py::function& function) {
-        const MayWait allowed;
+        const OwnedMayWait allowed(call(&Library::make_may_wait));
         return function();
     });
     py::class_<StepperBinding>(module, "Stepper", py::module_local())

@@ -72,6 +72,10 @@ py::tuple columns() {
 }  // namespace
 
 void bind_table(py::module_& module) {
+#if defined(LOOKAHEAD_FUSED_BUILD)
+    // Of the library that it loads, which the package's record names too.
+    module.attr("build") = LOOKAHEAD_FUSED_BUILD;
+#endif
     module.def("rules", [] {
         py::dict rules;
         for (const Names& rule : rule_names()) {

@@ -20,7 +20,13 @@
 
 namespace lookahead_fused {
 
-class NormPlan {
+// Where the parts lie.
+struct NormLayout {
+    int64_t count;                             // of blocks
+    size_t first_block, done, partial, bytes;  // where these begin, and the size of all
+};
+
+class NormPlan : public NormLayout {
    public:
     explicit NormPlan(const Table& table) {
         std::vector<int64_t> first(table.row_count + 1, 0);
@@ -44,9 +50,6 @@ class NormPlan {
         }
         std::memcpy(sent_.data() + first_block, first.data(), first.size() * sizeof(int64_t));
     }
-
-    int64_t count;                             // of blocks
-    size_t first_block, done, partial, bytes;  // where these begin, and the size of all
 
     // What a device has to be sent before the first norm: all but `partial`.
     const std::vector<std::byte>& sent() const { return sent_; }

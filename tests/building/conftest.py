@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
-from wheels import ROOT, SMALL_MODULE, Result, environment, keep_rules, run, wheel_of
+from wheels import RELEASED, ROOT, SMALL_MODULE, Result, environment, keep_rules, run, wheel_of
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +103,38 @@ def built_with_cuda(base, tree, build_wheel):
     return result
 
 
+@pytest.fixture(scope="session")
+def release():
+    """csrc/release_wheel.py, which is no part of the package."""
+    for needed in ("ziglang", "auditwheel", "elftools"):
+        pytest.importorskip(needed, reason=f"{needed} is in the extra 'release'")
+    spec = importlib.util.spec_from_file_location("release_wheel", ROOT / "csrc/release_wheel.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def released(base, tree, release):
+    """The release wheel of the running Python with two rules, and what its making printed."""
+    source = shutil.copytree(tree, base / "release", ignore=shutil.ignore_patterns("dist", "*.egg-info"))
+    keep_rules(source, "Adam", "External")
+    command = [sys.executable, source / "csrc/release_wheel.py", "--dist", base / "release-dist", sys.executable]
+    cuda = "1" if "_cuda" in RELEASED else "0"
+    done = run(command, env=environment(LOOKAHEAD_FUSED_CUDA=cuda, TORCH_CUDA_ARCH_LIST="8.0"))
+    assert done.returncode == 0, done.stdout
+    (wheel,) = (base / "release-dist").glob("*.whl")
+    return wheel, done.stdout
+
+
+@pytest.fixture
+def installed(released, tmp_path):
+    """A directory with the package of the release wheel in it."""
+    with zipfile.ZipFile(released[0]) as archive:
+        archive.extractall(tmp_path / "installed")
+    return tmp_path / "installed"
+
+
 @pytest.fixture
 def copy(tree, tmp_path):
     """A tree to break or to build, whose _cpu compiles in a moment: what it does is no matter here."""
@@ -109,7 +143,8 @@ def copy(tree, tmp_path):
         shutil.rmtree(copy / "csrc" / directory)
         (copy / "csrc" / directory).mkdir()
     (copy / "csrc/python/cpu_module.cpp").write_text(SMALL_MODULE)
-    (copy / "csrc/cpu/nothing.cpp").touch()
+    for name in ("nothing", "walk_nothing"):
+        (copy / f"csrc/cpu/{name}.cpp").touch()
     return copy
 
 

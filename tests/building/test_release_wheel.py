@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
-import shutil
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-from wheels import ROOT, environment, keep_rules, native_modules, needs_compiler, run
+from wheels import COMPILERS, RELEASED, ROOT, environment, native_modules, needs_compiler, run
 
 from lookahead_fused import _build as build
 
@@ -43,33 +41,10 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
 """
 
 
-@pytest.fixture(scope="module")
-def release():
-    """csrc/release_wheel.py, which is no part of the package."""
-    for needed in ("ziglang", "auditwheel", "elftools"):
-        pytest.importorskip(needed, reason=f"{needed} is in the extra 'release'")
-    spec = importlib.util.spec_from_file_location("release_wheel", ROOT / "csrc/release_wheel.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def released(base, tree, release):
-    """The release wheel of the running Python, without CUDA and with the rule that is stepped."""
-    source = shutil.copytree(tree, base / "release", ignore=shutil.ignore_patterns("dist", "*.egg-info"))
-    keep_rules(source, "Adam", "External")
-    command = [sys.executable, source / "csrc/release_wheel.py", "--dist", base / "release-dist", sys.executable]
-    done = run(command, env=environment())
-    assert done.returncode == 0, done.stdout
-    (wheel,) = (base / "release-dist").glob("*.whl")
-    return wheel, done.stdout
-
-
 def test_a_release_wheel_needs_no_more_than_its_tag_promises(released, release):
     wheel, output = released
     assert wheel.name.endswith("-py3-none-manylinux_2_17_x86_64.whl")
-    assert [Path(name).name for name in native_modules(wheel)] == [f"_cpu{extension_suffix()}"]
+    assert names(release.modules_of(wheel)) == {f"{module}{extension_suffix()}" for module in RELEASED}
     assert list(release.faults_of(wheel)) == []
     assert 'consistent with the following platform tag: "manylinux_2_17_x86_64"' in re.sub(r"\s+", " ", output)
     with zipfile.ZipFile(wheel) as archive:
@@ -85,6 +60,26 @@ def test_the_wheel_of_one_machine_is_refused_as_a_release(built, release):
     assert re.search(r"_cpu\..*: needs GLIBCXX_[\d.]+ of libstdc\+\+", faults)
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        (["-Wl,-rpath,/opt/lib"], "looks for libraries in ['/opt/lib'] and not in []"),
+        (["-Wl,--no-as-needed", "liblookahead_fused_cpu-0.so"], "looks for libraries in [] and not in ['$ORIGIN']"),
+        (["-Wl,--no-as-needed", "libother.so"], "needs libother.so"),
+    ],
+)
+def test_a_library_is_looked_for_beside_the_module_alone(release, tmp_path, options, fault):
+    libraries, wheel = ("liblookahead_fused_cpu-0.so", "libother.so"), tmp_path / "made.whl"
+    for name, further in (*((name, [f"-Wl,-soname,{name}"]) for name in libraries), ("_cpu.so", options)):
+        done = run([COMPILERS[0], "-shared", "-x", "c++", os.devnull, "-x", "none", *further, "-o", name], cwd=tmp_path)
+        assert done.returncode == 0, done.stdout
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in ("_cpu.so", libraries[0]):
+            archive.write(tmp_path / name, f"lookahead_fused/{name}")
+    assert f"lookahead_fused/_cpu.so: {fault}" in list(release.faults_of(wheel))
+
+
 def test_a_module_that_does_not_load_is_a_fault(release, tmp_path):
     wheel = tmp_path / "broken.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -94,14 +89,12 @@ def test_a_module_that_does_not_load_is_a_fault(release, tmp_path):
 
 
 @pytest.mark.skipif(build.module("_cpu") is None, reason=build.reason("_cpu"))
-def test_a_release_wheel_steps_with_the_same_bits(released, tmp_path):
+def test_a_release_wheel_steps_with_the_same_bits(installed):
     """Its compiler is another than the one that built what is tested here, and so is its list of instruction sets."""
-    with zipfile.ZipFile(released[0]) as archive:
-        archive.extractall(tmp_path)
-    of_release, *bits = bits_of(tmp_path)
+    of_release, *bits = bits_of(installed)
     of_this, *expected = bits_of(Path(build.module("_cpu").__file__).parents[1])
-    assert Path(of_release).is_relative_to(tmp_path)
-    assert not Path(of_this).is_relative_to(tmp_path)
+    assert Path(of_release).is_relative_to(installed)
+    assert not Path(of_this).is_relative_to(installed)
     assert len(expected) == 4 * len(build.module("_cpu").instruction_sets())
     assert bits == expected
 
@@ -134,8 +127,10 @@ def test_modules_for_several_pythons_lie_in_one_wheel(copy, build_wheel, toolcha
     result = build_wheel(copy, LOOKAHEAD_FUSED_PYTHONS=shlex.join([str(toolchain), str(other)]))
     assert result.returncode == 0, result.output
     assert re.search(r"-py3-none-\w+\.whl$", result.wheel.name)
-    names = {Path(name).name for name in native_modules(result.wheel)}
-    assert names == {f"_cpu{extension_suffix()}", "_cpu.cpython-399-x86_64-linux-gnu.so"}
+    expected = {f"_cpu{extension_suffix()}", "_cpu.cpython-399-x86_64-linux-gnu.so"}
+    if sys.platform == "linux":
+        expected.add(f"liblookahead_fused_cpu-{result.build_info()['modules']['_cpu']['build']}.so")
+    assert names(native_modules(result.wheel)) == expected
 
 
 @needs_compiler
@@ -163,6 +158,10 @@ def test_a_python_without_a_module_is_told_for_which_there_are(tmp_path, monkeyp
         None,
         "lookahead_fused._cpu could not be imported: ModuleNotFoundError: No module named 'lookahead_fused._cpu'",
     )
+
+
+def names(paths: list[str]) -> set[str]:
+    return {Path(path).name for path in paths}
 
 
 def extension_suffix() -> str:

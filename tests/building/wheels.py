@@ -31,6 +31,9 @@ static PyModuleDef definition{PyModuleDef_HEAD_INIT, "_cpu", nullptr, -1, nullpt
 PyMODINIT_FUNC PyInit__cpu() { return PyModule_Create(&definition); }
 """
 
+# The modules of the release wheel that the tests build: `_cuda` where there is an nvcc, for one architecture.
+RELEASED = ["_cpu", "_cuda"] if shutil.which("nvcc") else ["_cpu"]
+
 needs_compiler = pytest.mark.skipif(not COMPILERS, reason="builds the module, and no C++ compiler is on PATH")
 
 
