@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
+import time
+from collections.abc import Callable
 from typing import Any
 
 import coded
@@ -60,6 +62,34 @@ def test_tails_of_every_length_are_the_reference_s(numel: int) -> None:
     expected = stepped("reference")
     for instruction_set in native.instruction_sets():
         assert_same(*stepped("cpu", instruction_set=instruction_set), *expected)
+
+
+def test_codes_take_a_few_times_the_arithmetic() -> None:
+    """What a compiler makes of the loops over lanes: 2 times or little more, in cache. One that left a loop took 5."""
+    native = lookahead_fused._build.module("_cpu")
+    if native is None:
+        pytest.skip(lookahead_fused._build.reason("_cpu"))
+
+    def stepping(state_dtype: str, instruction_set: str) -> Callable[[], float]:
+        p = torch.nn.Parameter(torch.randn(32768, generator=seeded(1)))
+        p.grad = torch.randn(32768, generator=seeded(2))
+        optimizer = of_class("adamw", k=10**6)([p], "cpu", state_dtype)
+        tune(optimizer, instruction_set=instruction_set)
+
+        def seconds() -> float:
+            start = time.perf_counter()
+            for _ in range(5):
+                optimizer.step()
+            return time.perf_counter() - start
+
+        return seconds
+
+    for instruction_set in native.instruction_sets():
+        whole, codes = stepping("float32", instruction_set), stepping("int8", instruction_set)
+        pairs = [(whole(), codes()) for _ in range(60)]
+        # The shortest of each: what else runs makes none shorter.
+        shortest = [min(times) for times in zip(*pairs, strict=True)]
+        assert shortest[1] < 3.5 * shortest[0], (instruction_set, shortest)
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 7, 64, 4097])

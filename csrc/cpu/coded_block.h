@@ -49,10 +49,7 @@ class CodedBlock {
 
     // Writes what was kept. place: of the first element in its row, with the row's key for rounding.
     LF_HD void write(uint32_t place) {
-        Word random[REGISTERS], lane;
-        // Lane by lane with `place` in it, GCC would go through memory.
-        for (int i = 0; i < N; ++i) lane[i] = i;
-        lane += place;
+        Word random[REGISTERS], lane = lane_numbers<N>() + place;
         for (int r = 0; r < REGISTERS; ++r, lane += static_cast<uint32_t>(N)) random[r] = mixed(lane);
         write_moments<0>(random);
     }
