@@ -27,8 +27,8 @@ struct Register {
     typedef T Type __attribute__((vector_size(N * sizeof(T))));
 };
 
-// What `of` makes of the lanes' numbers, as a constant. Of a loop over 32 lanes Clang makes one that runs, wherever they
-// are asked for: an int8 step took four times as long.
+// What `of` makes of the lanes' numbers, as a constant. Of a loop over 32 lanes Clang makes one that runs, wherever
+// they are asked for: an int8 step took four times as long.
 template <class T, class Of, int... LANE>
 LF_HD typename Register<T, sizeof...(LANE)>::Type each_lane(Of of, std::integer_sequence<int, LANE...>) {
     return typename Register<T, sizeof...(LANE)>::Type{static_cast<T>(of(LANE))...};
@@ -234,9 +234,7 @@ template <int N>
 struct MomentMemory<float, N, BFloat16> {
     typename Convert<N>::Word random;
 
-    explicit LF_HD MomentMemory(uint32_t first) {
-        random = mixed(lane_numbers<N>() + first);
-    }
+    explicit LF_HD MomentMemory(uint32_t first) { random = mixed(lane_numbers<N>() + first); }
     LF_HD void store(BFloat16* to, Vec<float, N> value, int moment) const {
         const auto bits = Convert<N>::narrow_without_bias(value, random_half(random, moment));
         std::memcpy(to, &bits, sizeof(bits));
