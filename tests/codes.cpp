@@ -4,7 +4,7 @@
 //   codes SQUARES UPDATES OWN_PASS MOMENT <numbers >blocks
 //   codes SQUARES SCALE_BITS              of one scale, what all 256 codes stand for
 #define LF_REGISTER_BYTES 16
-#include "cpu/vector.h"
+#include "cpu/code_vectors.h"
 
 #include <algorithm>
 #include <cstdio>

@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "../table/prologue.h"
-#include "vector.h"
+#include "code_vectors.h"
 
 namespace lookahead_fused {
 inline namespace LF_ISA {

@@ -29,7 +29,7 @@ constexpr int64_t code_blocks(int64_t numel) { return (numel + CODE_BLOCK - 1) /
 
 inline namespace LF_ISA {
 
-// What else words are read as; vector.h has it for SIMD vectors.
+// What else words are read as; code_vectors.h has it for SIMD vectors.
 template <class Word>
 struct Reading;
 
