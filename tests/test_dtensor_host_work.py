@@ -3,12 +3,16 @@ that grows from step to step."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 from processes import in_fork, needs_cpu_backend, needs_gloo
+from releases import needs_torch
 
 pytestmark = [needs_gloo, needs_cpu_backend]
+
+compares_placements = needs_torch("2.13", "placements that are compared by no function of Python's")
 
 PRELUDE = """
 import gc, json, sys, tracemalloc
@@ -77,7 +81,10 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("gradients", GRADIENTS)
+@pytest.mark.parametrize(
+    "gradients",
+    [pytest.param(name, marks=compares_placements) if "sharded" in how else name for name, how in GRADIENTS.items()],
+)
 def test_python_does_the_same_for_any_number_of_dtensors(gradients: str) -> None:
     found: Any = in_fork(f"{PRELUDE}\nrenew = {GRADIENTS[gradients]}\n{COUNTED}")
     assert len(found) == 7
@@ -111,6 +118,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 keeps frames of functions that have returned")
 @pytest.mark.parametrize("gradients", ["the same", "new, of equal placements"])
 def test_nothing_grows_in_ten_thousand_steps(gradients: str) -> None:
     found: Any = in_fork(f"{PRELUDE}\nrenew = {GRADIENTS[gradients]}\n{GROWN}")

@@ -25,6 +25,7 @@ from narrow import (
     run,
     wide,
 )
+from releases import is_torch
 from runs import through_a_file
 from torch import Tensor
 
@@ -227,7 +228,8 @@ def test_distributed_checkpoints_hold_no_codes(backend: BackendCase) -> None:
         pytest.skip("this torch was built without torch.distributed")
     from torch.distributed.checkpoint import state_dict as dcp
 
-    for flat in (False, True):
+    # Before, what is flat has to have all that is in the optimizer's state, scales too.
+    for flat in (False, True) if is_torch("2.13") else (False,):
         options = dcp.StateDictOptions(flatten_optimizer_state_dict=flat)
         models = [torch.nn.Linear(40, 10).to(backend.device) for _ in range(2)]
         make = of_class("adamw", pullback_momentum="pullback")
